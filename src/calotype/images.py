@@ -1,0 +1,226 @@
+"""Pictures: to and from tensors, PNG files that carry their request, contact sheets.
+
+torch is imported only where a tensor is made, so that reading a file's metadata stays quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import secrets
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from calotype.errors import CalotypeError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+METADATA_KEY = "calotype"
+PARAMETERS_KEY = "parameters"  # where AUTOMATIC1111 and the tools that read its pictures look
+MAX_METADATA = 1_000_000  # characters; a request has at most two prompts of 20,000
+MAX_FILE_BYTES = 256_000_000  # the largest picture that a request may ask for has 50 MB of pixels
+
+INK, PAPER = (32, 32, 32), (255, 255, 255)
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """RGB pictures of images (n, 3, H, W) in [-1, 1], of any floating dtype; values beyond are clamped.
+
+    Raises CalotypeError for values that are not numbers, which a half-precision decoder may give.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images of shape {tuple(images.shape)}: must be (n, 3, H, W)")
+    if bool(images.isnan().any()):
+        raise CalotypeError("the decoded picture has values that are not numbers", 'try dtype="float32"')
+    # The scaling in the images' own dtype and the rounding in float32, as diffusers does, for equal bytes.
+    unit = (images / 2 + 0.5).clamp(0, 1)
+    pixels = (unit.permute(0, 2, 3, 1).float().cpu() * 255).round().byte()
+    return [Image.fromarray(picture.contiguous().numpy()) for picture in pixels]
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """The picture as float32 (1, 3, H, W) in [-1, 1]. What is transparent becomes white."""
+    import torch
+
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*PAPER, 255)), rgba)
+    image = image.convert("RGB")
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+    return 2 * (pixels.permute(2, 0, 1)[None].float() / 255) - 1
+
+
+def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
+    """Write a picture whole or not at all: a temporary file beside it, then a rename, which replaces an older file.
+
+    `metadata` is an object of JSON whose key "request" holds `Request.to_json()`; `read_metadata` gives it back. It is
+    written as compact JSON under "calotype", and for other tools as readable text under "parameters".
+    Raises UsageError for another suffix than .png, OutputError where the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"{str(path)!r} does not end in .png: pictures are written as PNG", "name it NAME.png")
+    content = _encoded(image, metadata)
+    if os.path.isdir(path):  # not Path.is_dir, which raises where a folder on the way may not be searched
+        raise OutputError(f"{str(path)!r} is a directory", f"name a file in it: {path / 'picture.png'}")
+    if not os.path.isdir(path.parent):
+        raise OutputError(f"there is no folder {str(path.parent)!r}", "make it first")
+    try:
+        _replace(path, content)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise OutputError(f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    return path
+
+
+def _encoded(image: Image.Image, metadata: Mapping[str, Any] | None) -> bytes:
+    info = PngInfo()
+    if metadata is not None:
+        text = json.dumps(metadata, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        if len(text) > MAX_METADATA:
+            raise UsageError(f"the metadata has {len(text)} characters: must be at most {MAX_METADATA}")
+        info.add_itxt(METADATA_KEY, text)
+        info.add_itxt(PARAMETERS_KEY, parameters(metadata))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".calotype-{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # Ctrl-C too leaves nothing behind
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def parameters(metadata: Mapping[str, Any]) -> str:
+    """The request in AUTOMATIC1111's form: the prompt, the negative prompt, then a line of names and values."""
+    request = metadata.get("request", {})
+    lines = [str(request.get("prompt", ""))]
+    if request.get("negative_prompt"):
+        lines.append(f"Negative prompt: {request['negative_prompt']}")
+    size = f"{request['width']}x{request['height']}" if "width" in request and "height" in request else None
+    named = {
+        "Steps": request.get("steps"),
+        "Sampler": request.get("sampler"),
+        "CFG scale": request.get("guidance"),
+        "Seed": request.get("seed"),
+        "Size": size,
+        "Model": metadata.get("model"),
+        "Clip skip": request.get("clip_skip"),
+        "Version": METADATA_KEY,
+    }
+    lines.append(", ".join(f"{name}: {value}" for name, value in named.items() if value is not None))
+    return "\n".join(lines).replace("\0", "")
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What `save_png` was given for this file. Raises UsageError for any other file; the pixels are not decoded."""
+    shown = repr(str(path))
+    texts = _texts(path)
+    text = texts.get(METADATA_KEY)
+    if not isinstance(text, str):
+        foreign = PARAMETERS_KEY in texts or "workflow" in texts
+        raise UsageError(
+            f"{shown} holds no calotype metadata",
+            "another program's settings are in it"
+            if foreign
+            else "only PNG files written by calotype hold their request; editors and websites often remove it",
+        )
+    try:
+        metadata = json.loads(text) if len(text) <= MAX_METADATA else None
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise UsageError(f"{shown}: its calotype metadata is damaged", "the file was changed after it was written")
+    return metadata
+
+
+def _texts(path: str | Path) -> dict[Any, Any]:
+    """What stands before a PNG file's pixels, within Pillow's limits on compressed text."""
+    shown = repr(str(path))
+    if not os.path.isfile(path):
+        raise UsageError(f"there is no file {shown}")
+    try:
+        if os.path.getsize(path) > MAX_FILE_BYTES:
+            raise UsageError(f"{shown} is too large: at most {MAX_FILE_BYTES} bytes")
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info
+    except UnidentifiedImageError:
+        raise UsageError(f"{shown} is not a PNG file", "calotype writes its metadata into PNG files") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise UsageError(f"{shown} cannot be read as a PNG file: {getattr(error, 'strerror', None) or error}") from None
+
+
+def grid(
+    images: Sequence[Image.Image],
+    columns: int,
+    *,
+    column_titles: Sequence[str] = (),
+    row_titles: Sequence[str] = (),
+    gap: int = 8,
+    text_size: int = 14,
+) -> Image.Image:
+    """A contact sheet: the pictures row by row, `columns` a row, with titles above and to the left if given.
+
+    Cells are as large as the largest picture; gap and text_size are pixels. Raises UsageError for counts that disagree.
+    """
+    if not images or columns < 1:
+        raise UsageError(f"a grid of {len(images)} pictures in {columns} columns: must be at least 1 of each")
+    rows = -(-len(images) // columns)
+    for name, titles, count in (("column", column_titles, columns), ("row", row_titles, rows)):
+        if titles and len(titles) != count:
+            raise UsageError(f"the grid has {len(titles)} {name} titles: must be {count}, one for each {name}")
+    font = ImageFont.load_default(text_size)
+    width = max(image.width for image in images)
+    height = max(image.height for image in images)
+    above = [_wrapped(title, font, width) for title in column_titles]
+    beside = [_wrapped(title, font, width) for title in row_titles]
+    top = gap + max((_text_box(text, font)[1] + gap for text in above), default=0)
+    left = gap + max((_text_box(text, font)[0] + gap for text in beside), default=0)
+    sheet = Image.new("RGB", (left + columns * (width + gap), top + rows * (height + gap)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, text in enumerate(above):
+        middle = left + column * (width + gap) + width // 2
+        draw.multiline_text((middle, top - gap), text, INK, font, anchor="md", align="center")
+    for row, text in enumerate(beside):
+        middle = top + row * (height + gap) + height // 2
+        draw.multiline_text((left - gap, middle), text, INK, font, anchor="rm", align="right")
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        x = left + column * (width + gap) + (width - image.width) // 2
+        y = top + row * (height + gap) + (height - image.height) // 2
+        sheet.paste(image.convert("RGB"), (x, y))
+    return sheet
+
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def _wrapped(text: str, font: Font, width: int) -> str:
+    """The text in lines of about `width` pixels."""
+    if not text:
+        return text
+    characters = int(width * len(text) / max(font.getlength(text.replace("\n", " ")), 1))
+    return "\n".join(textwrap.wrap(text, max(characters, 1)))
+
+
+def _text_box(text: str, font: Font) -> tuple[int, int]:
+    """Width and height of a text of several lines, in pixels."""
+    left, top, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)
+    return math.ceil(right - min(left, 0)), math.ceil(bottom - min(top, 0))

@@ -1,0 +1,222 @@
+"""The U-Net of Stable Diffusion 1.x, 2.x, SDXL, SSD-1B and their latent consistency models: one class, many configs.
+
+Shapes: B pictures, C latent channels, h and w the latent's height and width (pixels / 8), L text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calotype.nn.attention import Transformer2D
+from calotype.nn.blocks import Downsample, ResnetBlock, TimestepEmbedding, Upsample, guidance_embedding, sinusoids
+
+Depths = tuple[tuple[int | None, ...], ...]
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """What real checkpoints vary. The defaults are Stable Diffusion 1.5.
+
+    A depth is the number of transformer blocks after one residual block; None means no attention there at all, which is
+    not the same as an attention module of 0 blocks (that one still has its norm and projections).
+    """
+
+    in_channels: int = 4  # 9 for inpainting: latents, mask, masked picture's latents
+    out_channels: int = 4
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # of each level
+    heads: tuple[int, ...] = (8, 8, 8, 8)  # of each level
+    down_depths: Depths = ((1, 1), (1, 1), (1, 1), (None, None))  # [level][layer]
+    mid_depth: int | None = 1  # None: one residual block without attention (SSD-1B)
+    has_mid: bool = True
+    up_depths: Depths = ((None, None, None), (1, 1, 1), (1, 1, 1), (1, 1, 1))  # from the deepest level upwards
+    context_dim: int = 768  # width D of the text embeddings
+    linear_projection: bool = False  # SD 2.x, SDXL: linear layers around the transformers instead of 1x1 convolutions
+    guidance_dim: int | None = None  # LCM: width of the guidance embedding (256)
+    addition_time_dim: int | None = None  # SDXL: width of each embedded size and crop number (256)
+    addition_in_dim: int | None = None  # SDXL: width of pooled text and the embedded numbers together (2816)
+    norm_groups: int = 32
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0.0
+    sample_size: int = 64  # latent height and width it was trained for
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What steers the network, one row for each picture."""
+
+    context: Tensor  # text embeddings (B, L, D)
+    pooled: Tensor | None = None  # pooled text embedding (B, P), SDXL
+    time_ids: Tensor | None = None  # (B, 6): original height, width, crop top, left, target height, width; SDXL
+    w: Tensor | None = None  # guidance scale of the LCM paper (B,): diffusers' guidance_scale - 1
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Joins several along the batch. All must have the same optional fields."""
+
+        def join(tensors: list[Tensor | None]) -> Tensor | None:
+            present = [tensor for tensor in tensors if tensor is not None]
+            assert len(present) in (0, len(tensors)), "conditionings of different kinds cannot share a batch"
+            return torch.cat(present) if present else None
+
+        context = torch.cat([part.context for part in parts])
+        optional = [join([getattr(part, name) for part in parts]) for name in ("pooled", "time_ids", "w")]
+        return Conditioning(context, *optional)
+
+    def select(self, rows: slice) -> Conditioning:
+        """The conditioning of some pictures of the batch."""
+        optional = (self.pooled, self.time_ids, self.w)
+        return Conditioning(self.context[rows], *(None if field is None else field[rows] for field in optional))
+
+
+class Block(nn.Module):
+    """One level of the U: residual blocks, each perhaps with a transformer, then perhaps a change of size."""
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        ins: Sequence[int],  # input channels of each residual block
+        out: int,
+        depths: Sequence[int | None],
+        heads: int,
+        *,
+        down: bool = False,
+        up: bool = False,
+    ) -> None:
+        super().__init__()
+        temb_dim = 4 * config.channels[0]
+        self.resnets = nn.ModuleList(
+            ResnetBlock(channels, out, temb_dim, config.norm_groups, config.norm_eps) for channels in ins
+        )
+        transformers = [
+            Transformer2D(out, heads, depth, config.context_dim, config.norm_groups, config.linear_projection)
+            for depth in depths
+            if depth is not None
+        ]
+        self.attentions = nn.ModuleList(transformers) if transformers else None
+        self.downsamplers = nn.ModuleList([Downsample(out)]) if down else None
+        self.upsamplers = nn.ModuleList([Upsample(out)]) if up else None
+
+    def layer(self, i: int, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+        """The i-th residual block and its transformer, if there is one."""
+        x = self.resnets[i](x, temb)
+        return x if self.attentions is None else self.attentions[i](x, context)
+
+
+class MidBlock(nn.Module):
+    """The bottom of the U: residual, transformer, residual; or a single residual block."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        channels, depth = config.channels[-1], config.mid_depth
+        count = 1 if depth is None else 2
+        self.resnets = nn.ModuleList(
+            ResnetBlock(channels, channels, 4 * config.channels[0], config.norm_groups, config.norm_eps)
+            for _ in range(count)
+        )
+        self.attentions = None
+        if depth is not None:
+            transformer = Transformer2D(
+                channels, config.heads[-1], depth, config.context_dim, config.norm_groups, config.linear_projection
+            )
+            self.attentions = nn.ModuleList([transformer])
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+        x = self.resnets[0](x, temb)
+        if self.attentions is not None:
+            x = self.resnets[1](self.attentions[0](x, context), temb)
+        return x
+
+
+class UNet(nn.Module):
+    """Predicts noise, velocity or the clean latent (whichever the checkpoint was trained for) from noisy latents.
+
+    Ronneberger et al. 2015 (arXiv 1505.04597) with the transformers of Rombach et al. 2022 (arXiv 2112.10752, 3.3)
+    and, in an LCM, the guidance embedding of Luo et al. 2023 (arXiv 2310.04378, 4.2).
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels, levels = config.channels, len(config.channels)
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0], config.guidance_dim)
+        self.add_embedding = None
+        if config.addition_in_dim is not None:
+            self.add_embedding = TimestepEmbedding(config.addition_in_dim, 4 * channels[0])
+
+        skips = [channels[0]]  # channels of every feature map that the way up will take in again
+        down_blocks = []
+        for level, depths in enumerate(config.down_depths):
+            last = level == levels - 1
+            ins = [skips[-1]] + [channels[level]] * (len(depths) - 1)
+            down_blocks.append(Block(config, ins, channels[level], depths, config.heads[level], down=not last))
+            skips += [channels[level]] * (len(depths) + (not last))
+        self.down_blocks = nn.ModuleList(down_blocks)
+
+        self.mid_block = MidBlock(config) if config.has_mid else None
+
+        below = channels[-1]
+        up_blocks = []
+        for i, depths in enumerate(config.up_depths):
+            level = levels - 1 - i
+            ins = []
+            for _ in depths:
+                ins.append(below + skips.pop())
+                below = channels[level]
+            up_blocks.append(Block(config, ins, channels[level], depths, config.heads[level], up=level > 0))
+        self.up_blocks = nn.ModuleList(up_blocks)
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_groups, channels[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def embed(self, t: Tensor, conditioning: Conditioning, dtype: torch.dtype) -> Tensor:
+        """The embedding (B, 4 * channels[0]) of timesteps t (B,) and of everything else that is not a sequence."""
+        config = self.config
+        time = sinusoids(t, config.channels[0], cos_first=config.flip_sin_to_cos, shift=config.freq_shift).to(dtype)
+        guidance = None
+        if config.guidance_dim is not None and conditioning.w is not None:
+            guidance = guidance_embedding(conditioning.w, config.guidance_dim).to(dtype)
+        temb: Tensor = self.time_embedding(time, guidance)
+        if self.add_embedding is not None:
+            pooled, time_ids = conditioning.pooled, conditioning.time_ids
+            assert pooled is not None
+            assert time_ids is not None
+            assert config.addition_time_dim is not None
+            numbers = sinusoids(
+                time_ids.flatten(), config.addition_time_dim, cos_first=config.flip_sin_to_cos, shift=config.freq_shift
+            ).reshape(len(time_ids), -1)  # (6 B, addition_time_dim) -> (B, 6 addition_time_dim)
+            temb = temb + self.add_embedding(torch.cat([pooled, numbers.to(pooled.dtype)], dim=-1).to(dtype))
+        return temb
+
+    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The prediction (B, out_channels, h, w) for noisy latents x (B, in_channels, h, w) at timesteps t (B,)."""
+        context = conditioning.context
+        temb = self.embed(t, conditioning, x.dtype)
+
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            assert isinstance(block, Block)
+            for i in range(len(block.resnets)):
+                x = block.layer(i, x, temb, context)
+                skips.append(x)
+            if block.downsamplers is not None:
+                x = block.downsamplers[0](x)
+                skips.append(x)
+
+        if self.mid_block is not None:
+            x = self.mid_block(x, temb, context)
+
+        for block in self.up_blocks:
+            assert isinstance(block, Block)
+            for i in range(len(block.resnets)):
+                x = block.layer(i, torch.cat([x, skips.pop()], dim=1), temb, context)
+            if block.upsamplers is not None:
+                x = block.upsamplers[0](x, skips[-1].shape[-2:])
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  # type: ignore[no-any-return]

@@ -1,0 +1,377 @@
+"""How much noise there is at each timestep, and at which timesteps to look.
+
+A noisy latent is x = alpha x0 + sigma eps with alpha^2 + sigma^2 = 1; timestep 0 is almost clean, T-1 almost
+pure noise. A scheduler config (diffusers' `scheduler_config.json`) becomes one frozen NoiseSchedule: every field that
+changes the pictures is honoured or refused. The grids choose the few timesteps of a short run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calotype.errors import CheckpointError, UsageError
+
+Prediction = Literal["epsilon", "v_prediction", "sample"]
+Spacing = Literal["leading", "linspace", "trailing"]
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SPACINGS = ("leading", "linspace", "trailing")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+SIGMA_DATA = 0.5  # the consistency models' standard deviation of the data
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """The noise levels of a model and what its network predicts.
+
+    `from_config` makes one, `dataclasses.replace` varies it. alpha and sigma are float32 (T,), the signal and the noise
+    at each training timestep; with zero terminal SNR alpha[T-1] is exactly 0.
+    """
+
+    alpha: Tensor = field(repr=False)
+    sigma: Tensor = field(repr=False)
+    prediction: Prediction = "epsilon"
+    kind: str = "LCMScheduler"  # the scheduler class in the model's config
+    original_steps: int = 50  # LCM: length of the grid that the model was distilled on
+    timestep_scaling: float = 10.0  # LCM: of the boundary scalings
+    spacing: Spacing = "leading"
+    steps_offset: int = 0  # added to a "leading" grid
+    set_alpha_to_one: bool = True  # DDIM's last step goes to a clean latent; otherwise to timestep 0
+    clip_sample: float | None = None  # LCM and DDIM clip x0 to +- this
+
+    @property
+    def T(self) -> int:
+        return len(self.alpha)
+
+    @property
+    def default_sampler(self) -> str:
+        return _KINDS[self.kind].sampler
+
+    def to(self, device: torch.device | str) -> NoiseSchedule:
+        """The same schedule with its tables on `device`."""
+        return dataclasses.replace(self, alpha=self.alpha.to(device), sigma=self.sigma.to(device))
+
+    def at(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at the timesteps t (B,) int64, on x's device, shaped (B, 1, ..., 1) to multiply x."""
+        t = t.to(x.device)
+        shape = (-1,) + (1,) * (x.ndim - 1)
+        return self.alpha.to(x.device)[t].view(shape), self.sigma.to(x.device)[t].view(shape)
+
+    def to_x0(self, x: Tensor, out: Tensor, t: Tensor) -> Tensor:
+        """The clean latents that a network output implies. x, out: (B, ...); t: (B,) int64. At least float32."""
+        return x0_from(self.prediction, x, out, *self.at(t, x))
+
+    def to_eps(self, x: Tensor, out: Tensor, t: Tensor) -> Tensor:
+        """The noise that a network output implies. x, out: (B, ...); t: (B,) int64. At least float32."""
+        return eps_from(self.prediction, x, out, *self.at(t, x))
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """alpha x0 + sigma noise at the timesteps t (B,) int64. At least float32."""
+        alpha, sigma = self.at(t, x0)
+        return alpha * x0 + sigma * noise
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> NoiseSchedule:
+        """Reads a scheduler config; fields that it lacks take diffusers' defaults for its class.
+
+        Raises CheckpointError, naming the field, for values out of range and for what calotype does not do.
+        """
+        kind = _kind(config)
+        defaults = _KINDS[kind]
+        _refuse(config)
+        T = _integer(config, "num_train_timesteps", 1000, 10, 100_000)
+        prediction = cast(Prediction, _choice(config, "prediction_type", "epsilon", PREDICTIONS))
+        alpha_bar = torch.cumprod(1.0 - _betas(config, defaults, T), dim=0)
+        if not (alpha_bar[:-1] > 0).all() or not (alpha_bar >= 0).all():
+            raise CheckpointError(f"scheduler config: these betas leave no signal before the last of {T} timesteps")
+        if prediction == "epsilon" and alpha_bar[-1] == 0:
+            raise CheckpointError(
+                "scheduler config: prediction_type 'epsilon' cannot start from pure noise (zero terminal SNR)",
+                hint="such models predict 'v_prediction' or 'sample', or have rescale_betas_zero_snr false",
+            )
+        clip = _flag(config, "clip_sample", defaults.clip_sample)
+        clip_range = _number(config, "clip_sample_range", 1.0, 1e-3, 1e6)
+        return NoiseSchedule(
+            alpha=alpha_bar.sqrt(),
+            sigma=(1.0 - alpha_bar).sqrt(),
+            prediction=prediction,
+            kind=kind,
+            original_steps=_integer(config, "original_inference_steps", min(50, T), 1, T),
+            timestep_scaling=_number(config, "timestep_scaling", 10.0, 1e-3, 1e6),
+            spacing=cast(Spacing, _choice(config, "timestep_spacing", defaults.spacing, SPACINGS)),
+            steps_offset=_integer(config, "steps_offset", 0, 0, T - 1),
+            set_alpha_to_one=_flag(config, "set_alpha_to_one", defaults.set_alpha_to_one),
+            clip_sample=clip_range if clip else None,
+        )
+
+
+# ---- conversions between what networks predict ----
+
+
+def x0_from(prediction: Prediction, x: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The clean latents, given a network output; v = alpha eps - sigma x0 (Salimans & Ho, arXiv 2202.00512, App. D)."""
+    if prediction == "epsilon":
+        return (x - sigma * out) / alpha
+    if prediction == "v_prediction":
+        return alpha * x - sigma * out
+    return out.to(torch.promote_types(out.dtype, alpha.dtype))
+
+
+def eps_from(prediction: Prediction, x: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The noise, given a network output."""
+    if prediction == "epsilon":
+        return out.to(torch.promote_types(out.dtype, alpha.dtype))
+    if prediction == "v_prediction":
+        return alpha * out + sigma * x
+    return (x - alpha * out) / sigma
+
+
+def boundary_scalings(t: Tensor, scaling: float = 10.0) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out, shaped like t: a consistency function is c_skip x + c_out x0, which is x itself at t = 0.
+
+    Song et al. 2023, arXiv 2303.01469, App. C, on timesteps instead of noise levels. c_out lacks that paper's factor
+    sigma_data, as in the released latent consistency models.
+    """
+    scaled = t.float() * scaling
+    total = scaled**2 + SIGMA_DATA**2
+    return SIGMA_DATA**2 / total, scaled / total.sqrt()
+
+
+# ---- grids: which timesteps a short run visits, descending ----
+
+
+def lcm_grid(steps: int, original_steps: int = 50, strength: float = 1.0, T: int = 1000) -> list[int]:
+    """The timesteps of a latent consistency model, evenly picked from the grid that it was distilled on.
+
+    strength in (0, 1] keeps that share of the grid, the less noisy one. Raises UsageError where `steps` does not fit.
+    """
+    if not 0 < strength <= 1:
+        raise UsageError(f"strength is {strength}: allowed are numbers above 0 and up to 1")
+    if not 1 <= original_steps <= T:
+        raise UsageError(f"original_steps is {original_steps}: allowed are 1 to {T}")
+    usable = int(original_steps * strength)  # truncated in floats, as the reference does: int(50 * 0.58) is 28
+    if usable < 1:
+        raise UsageError(
+            f"strength is {strength}, which leaves none of the {original_steps} timesteps",
+            hint=f"use a strength of at least {1 / original_steps:g}",
+        )
+    if not 1 <= steps <= usable:
+        hint = "use fewer steps" if strength == 1 else "use fewer steps or a higher strength"
+        raise UsageError(f"steps is {steps}: allowed are 1 to {usable}", hint=hint)
+    distilled = np.arange(1, usable + 1) * (T // original_steps) - 1
+    # The float arithmetic matters: i * usable // steps gives another grid at usable 30 and steps 22.
+    picked = np.floor(np.linspace(0, usable, steps, endpoint=False)).astype(np.int64)
+    return [int(t) for t in distilled[::-1][picked]]
+
+
+def spaced_grid(steps: int, T: int = 1000, spacing: Spacing = "trailing", offset: int = 0) -> list[int]:
+    """The timesteps of a sampler that works on the whole schedule (Lin et al. 2023, arXiv 2305.08891, Table 2).
+
+    `offset` is added to a "leading" grid only. Raises UsageError where `steps` does not fit.
+    """
+    if not 1 <= steps <= T:
+        raise UsageError(f"steps is {steps}: allowed are 1 to {T}")
+    if spacing == "linspace":
+        grid = np.linspace(0, T - 1, steps).round()[::-1]
+    elif spacing == "leading":
+        grid = np.arange(steps, dtype=np.float64)[::-1] * (T // steps) + offset
+    elif spacing == "trailing":
+        # Cut to length: where T / steps is rounded down, the float range has one value too many, near 0.
+        grid = np.round(np.arange(T, 0, -T / steps))[:steps] - 1
+    else:
+        raise UsageError(f"timestep spacing is {spacing!r}: allowed are {', '.join(SPACINGS)}")
+    if grid[0] >= T:
+        raise UsageError(
+            f"steps is {steps}, which with steps_offset {offset} begins at timestep {int(grid[0])} of {T}",
+            hint="use fewer steps or another timestep spacing",
+        )
+    return [int(t) for t in grid]
+
+
+def euler_grid(steps: int, T: int = 1000, spacing: Spacing = "trailing", offset: int = 0) -> list[float]:
+    """Like `spaced_grid`, but "linspace" is not rounded: Euler's sampler interpolates between timesteps."""
+    grid = spaced_grid(steps, T, spacing, offset)
+    if spacing != "linspace":
+        return [float(t) for t in grid]
+    return [float(t) for t in np.linspace(0, T - 1, steps, dtype=np.float32)[::-1]]
+
+
+def explicit_grid(timesteps: list[int], T: int = 1000) -> list[int]:
+    """A grid that the user gives: whole numbers from T-1 to 0, descending. Raises UsageError otherwise."""
+    if not timesteps:
+        raise UsageError("timesteps is empty: at least one is needed")
+    for t in timesteps:
+        if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < T:
+            raise UsageError(f"timesteps has {t!r}: allowed are whole numbers from 0 to {T - 1}")
+    for before, after in itertools.pairwise(timesteps):
+        if after >= before:
+            raise UsageError(f"timesteps has {after} after {before}: they must descend")
+    return list(timesteps)
+
+
+# ---- reading a scheduler config ----
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """diffusers' defaults of one scheduler class, and the sampler of ours that stands for it."""
+
+    sampler: str = "ddim"
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    spacing: str = "linspace"
+    clip_sample: bool = False
+    set_alpha_to_one: bool = True
+
+
+_KINDS: dict[str, _Kind] = {
+    "LCMScheduler": _Kind("lcm", 0.00085, 0.012, "scaled_linear", "leading"),
+    "TCDScheduler": _Kind("ddim", 0.00085, 0.012, "scaled_linear", "leading"),
+    "DDIMScheduler": _Kind(spacing="leading", clip_sample=True),
+    "DDIMParallelScheduler": _Kind(spacing="leading", clip_sample=True),
+    "DDPMScheduler": _Kind(spacing="leading", clip_sample=True),
+    "DDPMParallelScheduler": _Kind(spacing="leading", clip_sample=True),
+    "PNDMScheduler": _Kind(spacing="leading", set_alpha_to_one=False),
+    "EulerDiscreteScheduler": _Kind("euler"),
+    "EulerAncestralDiscreteScheduler": _Kind("euler"),
+    "LMSDiscreteScheduler": _Kind(),
+    "DPMSolverMultistepScheduler": _Kind(),
+    "DPMSolverSinglestepScheduler": _Kind(),
+    "UniPCMultistepScheduler": _Kind(),
+    "DEISMultistepScheduler": _Kind(),
+    "SASolverScheduler": _Kind(),
+    "HeunDiscreteScheduler": _Kind(beta_start=0.00085, beta_end=0.012),
+    "KDPM2DiscreteScheduler": _Kind(beta_start=0.00085, beta_end=0.012),
+    "KDPM2AncestralDiscreteScheduler": _Kind(beta_start=0.00085, beta_end=0.012),
+    "DPMSolverSDEScheduler": _Kind(beta_start=0.00085, beta_end=0.012),
+}
+
+# Fields with the values that change nothing (null is one too). Any other value would give other pictures than ours.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "thresholding": (False,),
+    "use_karras_sigmas": (False,),
+    "use_exponential_sigmas": (False,),
+    "use_beta_sigmas": (False,),
+    "use_lu_lambdas": (False,),
+    "use_flow_sigmas": (False,),
+    "use_dynamic_shifting": (False,),
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "final_sigmas_type": ("zero",),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    if not isinstance(config, Mapping):
+        raise CheckpointError(f"scheduler config: is {reprlib.repr(config)}, not a JSON object")
+    name = config.get("_class_name")
+    if isinstance(name, str) and name in _KINDS:
+        return name
+    flow = isinstance(name, str) and "flow" in name.lower()
+    known = f"known are {', '.join(_KINDS)}"
+    raise CheckpointError(
+        f"scheduler config: _class_name is {reprlib.repr(name)}; {known}",
+        hint="flow-matching models are another family, which calotype does not run" if flow else None,
+    )
+
+
+def _refuse(config: Mapping[str, Any]) -> None:
+    for name, neutral in _NEUTRAL.items():
+        value = config.get(name)
+        if value is not None and value not in neutral:
+            raise _bad(name, value, " or ".join(json.dumps(choice) for choice in neutral))
+
+
+def _betas(config: Mapping[str, Any], defaults: _Kind, T: int) -> Tensor:
+    """The variance that each timestep adds, float32 (T,), in the reference's order of operations, for parity."""
+    start = _number(config, "beta_start", defaults.beta_start, 1e-8, 0.999)
+    end = _number(config, "beta_end", defaults.beta_end, 1e-8, 0.999)
+    schedule = _choice(config, "beta_schedule", defaults.beta_schedule, BETA_SCHEDULES)
+    if config.get("trained_betas") is not None:
+        betas = _trained_betas(config["trained_betas"], T)
+    elif schedule == "linear":
+        betas = torch.linspace(start, end, T, dtype=torch.float32)
+    elif schedule == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, T, dtype=torch.float32) ** 2
+    else:
+        betas = _cosine_betas(T)
+    return _zero_terminal_snr(betas) if _flag(config, "rescale_betas_zero_snr", False) else betas
+
+
+def _trained_betas(values: object, T: int) -> Tensor:
+    if not isinstance(values, list | tuple) or len(values) != T:
+        count = f"{len(values)} values" if isinstance(values, list | tuple) else reprlib.repr(values)
+        raise CheckpointError(f"scheduler config: trained_betas has {count}: num_train_timesteps says {T}")
+    for value in values:
+        if not _is_number(value, 0, 1) or value == 0:
+            raise _bad("trained_betas", value, "numbers above 0 and up to 1")
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _cosine_betas(T: int, most: float = 0.999) -> Tensor:
+    """Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17."""
+
+    def alpha_bar(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    betas = [min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), most) for i in range(T)]
+    return torch.tensor(betas, dtype=torch.float32)
+
+
+def _zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Lin et al. 2023, arXiv 2305.08891, Algorithm 1: shift and scale sqrt(alpha_bar) so that the last one is 0."""
+    root = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    first, last = root[0].clone(), root[-1].clone()
+    root = (root - last) * (first / (first - last))
+    alpha_bar = root**2
+    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+
+
+def _bad(name: str, value: object, allowed: str) -> CheckpointError:
+    return CheckpointError(f"scheduler config: {name} is {reprlib.repr(value)}: allowed is {allowed}")
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    """Whether it is a number in the range. NaN compares false; JSON's true and false are no numbers."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def _number(config: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
+    value = config.get(name, default)
+    if not _is_number(value, low, high):
+        raise _bad(name, value, f"a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def _integer(config: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
+    value = config.get(name, default)
+    if not isinstance(value, int) or not _is_number(value, low, high):
+        raise _bad(name, value, f"a whole number from {low} to {high}")
+    return value
+
+
+def _flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = config.get(name, default)
+    if not isinstance(value, bool):
+        raise _bad(name, value, "true or false")
+    return value
+
+
+def _choice(config: Mapping[str, Any], name: str, default: str, choices: tuple[str, ...]) -> str:
+    value = config.get(name, default)
+    if value not in choices:
+        raise _bad(name, value, f"one of {', '.join(choices)}")
+    return cast(str, value)

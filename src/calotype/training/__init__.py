@@ -1,0 +1,1 @@
+"""Making latent consistency models out of ordinary ones, and measuring how good they are."""

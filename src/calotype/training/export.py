@@ -1,0 +1,87 @@
+"""Writing a distilled model as a folder in the diffusers layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+
+from calotype.nn.unet import UNet
+from calotype.parts import Parts
+
+if TYPE_CHECKING:
+    from calotype.training.trainer import Settings
+
+SHARED = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
+# What the student inherits from the teacher's scheduler config: the noise levels and what the network predicts.
+SCHEDULE = (
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "num_train_timesteps",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
+SCHEDULER = {
+    "_class_name": "LCMScheduler",
+    "original_inference_steps": 50,
+    "timestep_scaling": 10.0,
+    "timestep_spacing": "leading",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+}
+
+
+def export_lcm(teacher: Path, unet: UNet, parts: Parts, output: Path, settings: Settings) -> None:
+    """Writes `unet`, in float16, and the teacher's other parts to `output`.
+
+    model_index.json comes last, so that a folder that has one is complete.
+    """
+    for name in SHARED:
+        if (teacher / name).is_dir():
+            shutil.copytree(teacher / name, output / name, dirs_exist_ok=True)
+
+    config = json.loads((teacher / "unet" / "config.json").read_text())
+    config["time_cond_proj_dim"] = unet.config.guidance_dim
+    weights = {
+        name: tensor.detach().to("cpu", torch.float16).contiguous() for name, tensor in unet.state_dict().items()
+    }
+    (output / "unet").mkdir(exist_ok=True)
+    save_file(weights, output / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    _write(output / "unet" / "config.json", config)
+
+    scheduler = json.loads((teacher / "scheduler" / "scheduler_config.json").read_text())
+    (output / "scheduler").mkdir(exist_ok=True)
+    _write(
+        output / "scheduler" / "scheduler_config.json",
+        {**SCHEDULER, **{name: scheduler[name] for name in SCHEDULE if name in scheduler}},
+    )
+
+    guidance = round(min(max(parts.defaults.guidance, 1 + settings.w_min), 1 + settings.w_max), 2)
+    _write(
+        output / "calotype.json",
+        {
+            "steps": 4,
+            "guidance": guidance,
+            "width": settings.resolution,
+            "height": settings.resolution,
+            "guidance_range": [1 + settings.w_min, 1 + settings.w_max],
+            "distilled": asdict(settings),
+        },
+    )
+    index = json.loads((teacher / "model_index.json").read_text())
+    index["_class_name"] = "LatentConsistencyModelPipeline" if parts.family != "sdxl" else "StableDiffusionXLPipeline"
+    index["scheduler"] = ["diffusers", "LCMScheduler"]
+    _write(output / "model_index.json", index)
+
+
+def _write(path: Path, value: object) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

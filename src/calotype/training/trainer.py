@@ -1,0 +1,306 @@
+"""The training loop of latent consistency distillation: a generator, so that the caller draws the progress.
+
+First edition: the full U-Net with guidance embedding, one process. A run can be stopped at any moment and resumed from
+its newest checkpoint; on a CPU the resumed run is the uninterrupted one, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from calotype.errors import CalotypeError, CheckpointError, UsageError
+from calotype.nn.unet import Conditioning, UNet
+from calotype.schedule import NoiseSchedule
+from calotype.training.data import Dataset, pick, prepare
+from calotype.training.export import export_lcm
+from calotype.training.loss import Batch, Network, consistency_loss
+from calotype.weights.load import load_parts
+from calotype.weights.source import resolve
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. Names are those of diffusers' LCM scripts where they have one."""
+
+    max_train_steps: int = 1000
+    train_batch_size: int = 12
+    learning_rate: float = 1e-5
+    lr_scheduler: str = "constant"  # or "cosine": falls to zero at the end
+    lr_warmup_steps: int = 50
+    resolution: int | None = None  # pixels; the teacher's own size if None
+    seed: int = 0
+    w_min: float = 3.0  # the paper's w: guidance - 1
+    w_max: float = 15.0
+    num_ddim_timesteps: int = 50  # steps of the teacher's solver; k = T / this
+    ema_decay: float = 0.95
+    huber_c: float = 0.001
+    adam_weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    mixed_precision: str = "no"  # or "bf16"
+    checkpointing_steps: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_steps", "train_batch_size", "num_ddim_timesteps", "checkpointing_steps"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}: must be at least 1")
+        for name in ("learning_rate", "huber_c", "max_grad_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise UsageError(f"{name} is {getattr(self, name)}: must be a positive number")
+        if not 0 <= self.w_min <= self.w_max < math.inf:
+            raise UsageError(
+                f"w_min {self.w_min} and w_max {self.w_max}: must be 0 <= w_min <= w_max",
+                hint="w is the paper's guidance scale: diffusers' guidance_scale - 1",
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise UsageError(f"ema_decay is {self.ema_decay}: must be in [0, 1)")
+        if self.lr_scheduler not in ("constant", "cosine"):
+            raise UsageError(f"lr_scheduler is {self.lr_scheduler!r}: must be 'constant' or 'cosine'")
+        if self.mixed_precision not in ("no", "bf16"):
+            raise UsageError(f"mixed_precision is {self.mixed_precision!r}: must be 'no' or 'bf16'")
+        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
+            raise UsageError(f"resolution is {self.resolution}: must be a positive multiple of 8")
+
+    def rate(self, step: int) -> float:
+        """The learning rate at a step."""
+        warm = min(1.0, (step + 1) / max(1, self.lr_warmup_steps))
+        if self.lr_scheduler == "constant":
+            return self.learning_rate * warm
+        return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / self.max_train_steps))
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """What the loop reports: a stage ("encode", "train" or "done"), how far it is, and in training the figures."""
+
+    stage: str
+    step: int  # pictures encoded, or steps trained
+    total: int | None
+    loss: float = math.nan
+    grad_norm: float = math.nan
+    learning_rate: float = math.nan
+    samples_per_second: float = math.nan
+
+
+@dataclass
+class State:
+    """Everything that changes while training."""
+
+    student: UNet
+    ema: UNet
+    optimizer: torch.optim.AdamW
+    step: int = 0
+
+
+def distill(
+    teacher: str | Path,
+    data: str | Path,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    offline: bool = False,
+    **settings: object,
+) -> Iterator[TrainStep]:
+    """Distils a latent consistency model from `teacher` on the captioned pictures in the folder `data`.
+
+    `settings` are the fields of Settings. `output` becomes a model folder in the diffusers layout, written at the end;
+    its `checkpoints` and `cache` hold what a resumed run needs. Raises UsageError for bad settings or data and where
+    `output` is not empty, CheckpointError for a teacher that cannot be distilled.
+    """
+    try:
+        chosen = Settings(**settings)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise UsageError(str(error).replace("Settings.__init__() ", "")) from None
+    folder, output = Path(data), Path(output)
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    _check_output(output, resume)
+    parts = load_parts(str(teacher), offline=offline, device=torch.device(name), dtype=torch.float32)
+    if parts.unet.config.guidance_dim is not None:
+        raise CheckpointError(f"{teacher} is already a latent consistency model", hint="distil from an ordinary model")
+    resolution = parts.defaults.width if chosen.resolution is None else chosen.resolution
+    chosen = replace(chosen, resolution=resolution)
+
+    dataset: Dataset | None = None
+    for progress in prepare(parts, folder, resolution, output / "cache"):
+        if isinstance(progress, Dataset):
+            dataset = progress
+        else:
+            yield TrainStep("encode", progress, None)
+    assert dataset is not None
+
+    state = _start(parts.unet, chosen)
+    checkpoint = newest_checkpoint(output)
+    if resume and checkpoint is not None:
+        _restore(state, checkpoint, chosen)
+    with (output / "log.jsonl").open("a", encoding="utf-8") as log:
+        for report in train(state, parts.unet, parts.schedule, dataset, chosen, resolution):
+            log.write(json.dumps(asdict(report)) + "\n")
+            if report.step % chosen.checkpointing_steps == 0 or report.step == chosen.max_train_steps:
+                log.flush()
+                _save(state, output, chosen)
+            yield report
+    export_lcm(resolve(str(teacher), offline=offline), state.ema, parts, output, chosen)
+    yield TrainStep("done", state.step, chosen.max_train_steps)
+
+
+def train(
+    state: State,
+    teacher: Network,
+    schedule: NoiseSchedule,
+    dataset: Dataset,
+    settings: Settings,
+    resolution: int,
+) -> Iterator[TrainStep]:
+    """The loop itself, from state.step to the end. A step depends on the state, the settings and the data alone."""
+    device = next(state.student.parameters()).device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16")
+    students: list[Tensor] = list(state.student.parameters())
+    averages: list[Tensor] = list(state.ema.parameters())
+    while state.step < settings.max_train_steps:
+        started = time.perf_counter()
+        batch = make_batch(dataset, schedule, settings, state.step, resolution, device)
+        for group in state.optimizer.param_groups:
+            group["lr"] = settings.rate(state.step)
+        with autocast:
+            losses = consistency_loss(
+                state.student, state.ema, teacher, schedule, batch,
+                solver_steps=settings.num_ddim_timesteps, huber_c=settings.huber_c,
+            )  # fmt: skip
+        loss = losses.mean()
+        value = loss.item()
+        if not math.isfinite(value):
+            worst = int((~torch.isfinite(losses)).int().argmax())
+            pictures, _ = pick(dataset, settings.seed, state.step, settings.train_batch_size)
+            raise CalotypeError(
+                f"the loss is {value} at step {state.step} (picture {int(pictures[worst])} of the data)",
+                hint="lower --learning-rate and go on from the last checkpoint with --resume",
+            )
+        state.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(students, settings.max_grad_norm)
+        state.optimizer.step()
+        with torch.no_grad():  # the target follows the student: ema = decay ema + (1 - decay) student
+            torch._foreach_lerp_(averages, students, 1 - settings.ema_decay)
+        state.step += 1
+        speed = settings.train_batch_size / (time.perf_counter() - started)
+        rate = state.optimizer.param_groups[0]["lr"]
+        yield TrainStep("train", state.step, settings.max_train_steps, value, float(norm), rate, speed)
+
+
+def make_batch(
+    dataset: Dataset, schedule: NoiseSchedule, settings: Settings, step: int, resolution: int, device: torch.device
+) -> Batch:
+    """The batch of a step: a pure function of seed and step, so a resumed run sees what the first would have seen."""
+    pictures, captions = pick(dataset, settings.seed, step, settings.train_batch_size)
+    generator = torch.Generator().manual_seed((settings.seed << 32) + step)
+    x0 = dataset.latents[pictures].float()
+    noise = torch.randn(x0.shape, generator=generator)
+    index = torch.randint(0, settings.num_ddim_timesteps, (len(x0),), generator=generator)
+    w = settings.w_min + (settings.w_max - settings.w_min) * torch.rand(len(x0), generator=generator)
+    return Batch(
+        x0.to(device),
+        noise.to(device),
+        index.to(device),
+        w.to(device),
+        _conditioning(dataset, captions, resolution, device),
+        _conditioning(dataset, torch.full_like(captions, dataset.null), resolution, device),
+    )
+
+
+def _conditioning(dataset: Dataset, rows: Tensor, resolution: int, device: torch.device) -> Conditioning:
+    context = dataset.context[rows].to(device, torch.float32)
+    if dataset.pooled is None:
+        return Conditioning(context)
+    sizes = torch.tensor([resolution, resolution, 0, 0, resolution, resolution], dtype=torch.float32, device=device)
+    return Conditioning(context, dataset.pooled[rows].to(device, torch.float32), sizes.expand(len(rows), 6))
+
+
+def student_of(teacher: UNet) -> UNet:
+    """A trainable copy of the teacher with a guidance embedding, which is zero at first: it starts as the teacher."""
+    student = UNet(replace(teacher.config, guidance_dim=256))
+    state = {name: tensor.detach().clone().float() for name, tensor in teacher.state_dict().items()}
+    state["time_embedding.cond_proj.weight"] = torch.zeros_like(student.time_embedding.cond_proj.weight)  # type: ignore[union-attr]
+    student.load_state_dict(state, assign=True)
+    return student.requires_grad_(True).to(next(teacher.parameters()).device)
+
+
+def _start(teacher: UNet, settings: Settings) -> State:
+    student = student_of(teacher)
+    ema = copy.deepcopy(student).requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=settings.learning_rate, weight_decay=settings.adam_weight_decay
+    )
+    return State(student, ema, optimizer)
+
+
+# ---- checkpoints: written beside, synced, renamed; the old one goes only after the new one stands ----
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    found = sorted((output / "checkpoints").glob("step-*[0-9]"))
+    return found[-1] if found else None
+
+
+def _save(state: State, output: Path, settings: Settings) -> None:
+    folder = output / "checkpoints" / f"step-{state.step:08d}"
+    temporary = folder.with_name(folder.name + ".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    moments = {
+        f"{i}.{name}": tensor
+        for i, entry in state.optimizer.state_dict()["state"].items()
+        for name, tensor in entry.items()
+    }
+    save_file(state.student.state_dict(), temporary / "student.safetensors")
+    save_file(state.ema.state_dict(), temporary / "ema.safetensors")
+    save_file(moments, temporary / "optimizer.safetensors")
+    (temporary / "settings.json").write_text(json.dumps({"step": state.step, **asdict(settings)}, indent=2))
+    for file in temporary.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    for old in sorted(folder.parent.glob("step-*[0-9]"))[:-1]:
+        shutil.rmtree(old)
+
+
+def _restore(state: State, folder: Path, settings: Settings) -> None:
+    saved = json.loads((folder / "settings.json").read_text())
+    # These may differ: they change how long it runs, not what a step is.
+    free = {"max_train_steps", "checkpointing_steps"}
+    for name, value in asdict(settings).items():
+        if name not in free and saved[name] != value:
+            raise UsageError(
+                f"{name} is {value}, but the run in {folder.parent.parent} has {saved[name]}",
+                hint="resume with the same settings, or start another output folder",
+            )
+    state.step = saved["step"]
+    state.student.load_state_dict(load_file(folder / "student.safetensors"))
+    state.ema.load_state_dict(load_file(folder / "ema.safetensors"))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+        index, name = key.split(".", 1)
+        moments.setdefault(int(index), {})[name] = tensor
+    state.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer.state_dict()["param_groups"]})
+
+
+def _check_output(output: Path, resume: bool) -> None:
+    if output.is_dir() and any(output.iterdir()) and not resume:
+        raise UsageError(f"{output} is not empty", hint="--resume goes on with the run in it; or choose another folder")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{output} cannot be made: {error.strerror}") from error

@@ -1,0 +1,262 @@
+"""Reads safetensors and JSON files as if a stranger had written them: bounds first, then headers, data last by mmap.
+
+Format: 8 bytes with the header's length N (little endian), N bytes of JSON, then the tensors without gaps
+(github.com/huggingface/safetensors, README, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Never
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from calotype.errors import CheckpointError, UnsafeFileError
+
+JSON_LIMIT = 10_000_000  # bytes of a config or an index; SDXL's largest is 200 kB
+HEADER_LIMIT = 16_000_000  # bytes; SDXL's U-Net has 200 kB. The format allows 100 MB, which cost gigabytes once parsed
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,  # the integers are `position_ids`, which old text encoders carry along
+    "I32": torch.int32,
+}
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+STEMS = ("diffusion_pytorch_model", "model")  # how diffusers and transformers name weights
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    dtype: str  # a key of DTYPES
+    shape: tuple[int, ...]
+    begin: int  # bytes, from the end of the header
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A value as one printable line of bounded length, for messages."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+# ---- JSON ----
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of at most JSON_LIMIT bytes.
+
+    Raises CheckpointError where it is missing, too long, too deep, no object, or ambiguous (a key twice, NaN).
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    if path.stat().st_size > JSON_LIMIT:
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; at most {JSON_LIMIT:,} are read")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in `text`; `where` names it in a CheckpointError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+            raise CheckpointError(f"{where} has the key {shown(twice)} twice")
+        return found
+
+    def constant(text: str) -> Never:
+        raise CheckpointError(f"{where} has the value {text}; numbers must be finite")
+
+    def number(text: str) -> float:
+        return float(text) if math.isfinite(float(text)) else constant(text[:40])
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_float=number)
+    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, an integer of thousands of digits
+        if text.startswith(b"version https://git-lfs"):
+            raise _lfs(where) from error
+        raise CheckpointError(f"{where} is not valid JSON: {shown(str(error))}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} holds a JSON {type(value).__name__}; an object is needed")
+    return value
+
+
+# ---- headers ----
+
+
+def header(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a safetensors file by name, after all that can be checked without reading the data was checked.
+
+    Raises UnsafeFileError for a pickle, CheckpointError for a file that is truncated, ambiguous or not safetensors.
+    """
+    if path.suffix.lower() in PICKLES:
+        raise unsafe(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > size - 8 or length > HEADER_LIMIT:
+            raise _not_safetensors(path, prefix, length, size)
+        text = file.read(length)
+    where = f"{path}: the header"
+    entries = parse_json(text, where)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{where} has __metadata__ that is not text: {shown(metadata)}")
+    tensors = {name: _tensor_info(where, name, entry) for name, entry in entries.items()}
+    _check_layout(path, tensors, size - 8 - length)
+    return tensors
+
+
+def _tensor_info(where: str, name: str, entry: object) -> TensorInfo:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(
+            f"{where} gives {shown(name)} as {shown(entry)}; dtype, shape and data_offsets are needed"
+        )
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{where} gives {shown(name)} the dtype {shown(dtype)}; known are {', '.join(DTYPES)}")
+    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**48 for n in numbers):
+            raise CheckpointError(f"{where} gives {shown(name)} the {what} {shown(numbers)}; counts are needed")
+    if len(offsets) != 2 or len(shape) > 8:
+        raise CheckpointError(f"{where} gives {shown(name)} {len(offsets)} data_offsets and {len(shape)} dimensions")
+    info = TensorInfo(dtype, tuple(shape), *offsets)
+    expected = info.count * DTYPES[dtype].itemsize
+    if info.bytes != expected:
+        raise CheckpointError(f"{where} gives {shown(name)} {info.bytes} bytes; {shape} of {dtype} takes {expected}")
+    return info
+
+
+def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], size: int) -> None:
+    """The data must be laid end to end: no overlap, no gap, nothing missing, nothing behind."""
+    end = 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.begin != end:
+            fault = "overlaps the tensor before it" if info.begin < end else f"leaves a gap of {info.begin - end} bytes"
+            raise CheckpointError(f"{path}: {shown(name)} at byte {info.begin} {fault}")
+        end = info.end
+    if end > size:
+        raise CheckpointError(f"{path} is truncated: its tensors take {end} bytes, the file holds {size}", REFETCH)
+    if end < size:
+        raise CheckpointError(f"{path} has {size - end} bytes behind its last tensor")
+
+
+REFETCH = "download or copy it again"
+
+
+def _not_safetensors(path: Path, prefix: bytes, length: int, size: int) -> CheckpointError:
+    if prefix == b"version ":
+        return _lfs(str(path))
+    if prefix[:4] == b"PK\x03\x04" or (prefix[:1] == b"\x80" and prefix[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
+        return unsafe(path)
+    if len(prefix) < 8:
+        return CheckpointError(f"{path} has {size} bytes; a safetensors file has at least 8", REFETCH)
+    if length > HEADER_LIMIT:
+        return CheckpointError(f"{path} claims a header of {length:,} bytes; at most {HEADER_LIMIT:,} are read")
+    return CheckpointError(f"{path} is truncated: its header takes {length} bytes, the file holds {size - 8}", REFETCH)
+
+
+def _lfs(where: str) -> CheckpointError:
+    return CheckpointError(f"{where} is a Git LFS pointer, not the file itself", "fetch the files with: git lfs pull")
+
+
+def unsafe(path: Path | str) -> UnsafeFileError:
+    """The refusal of a pickled file."""
+    return UnsafeFileError(
+        f"{path} is a pickle, which can run code when it is read; only .safetensors files are read",
+        'convert it once where you trust it: python -c "import torch, safetensors.torch as s; '
+        f"s.save_file(torch.load('{path}', weights_only=True), '{Path(path).with_suffix('.safetensors')}')\"",
+    )
+
+
+# ---- data ----
+
+
+def read(paths: Sequence[Path]) -> dict[str, Tensor]:
+    """The tensors of safetensors files as views of the mapped files: nothing is copied, pages are read when touched.
+
+    Raises CheckpointError as `header` does, and where two files hold the same tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        names = header(path)
+        if twice := names.keys() & tensors.keys():
+            raise CheckpointError(f"{path} holds {shown(min(twice))}, which another file of the model holds too")
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return tensors
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; one pass and no copy of the tensor."""
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    low, high = torch.aminmax(tensor)  # NaN wins both
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+# ---- which files ----
+
+
+def variants(names: Iterable[str], stem: str) -> dict[str | None, str]:
+    """The variants among file names (None is the plain one) -> the file to start from: weights, or an index of shards.
+
+    `model.safetensors`, `model.fp16.safetensors`, `model.safetensors.index.json`, `model.safetensors.index.fp16.json`.
+    Where a variant has both, the index counts, as in diffusers.
+    """
+    single = re.compile(rf"{stem}(?:\.([\w-]+))?\.safetensors")
+    sharded = re.compile(rf"{stem}\.safetensors\.index(?:\.([\w-]+))?\.json")
+    found: dict[str | None, str] = {}
+    for pattern in (single, sharded):
+        for name in sorted(names):
+            match = pattern.fullmatch(name)
+            if match and not re.search(r"-\d{5}-of-\d{5}", name):
+                found[match.group(1)] = name
+    return found
+
+
+def shards(folder: Path, entry: str) -> list[Path]:
+    """The weight files behind `entry`, a file of `folder` that `variants` gave.
+
+    Raises CheckpointError where an index names files outside the folder, or tensors that its files do not hold.
+    """
+    if entry.endswith(".safetensors"):
+        return [folder / entry]
+    index = folder / entry
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has the weight_map {shown(weight_map)}; it must name the file of each tensor")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise CheckpointError(f"{index} names {shown(name)}; it must be a .safetensors file in the same folder")
+    held = {name: header(folder / name) for name in sorted(set(weight_map.values()))}
+    for tensor, name in weight_map.items():
+        if tensor not in held[name]:
+            raise CheckpointError(f"{index} says that {name} holds {shown(tensor)}; it does not")
+    return [folder / name for name in held]

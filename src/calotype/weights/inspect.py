@@ -1,0 +1,191 @@
+"""What a checkpoint is and what is wrong with it, without stopping at the first fault."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from calotype.errors import CheckpointError, ModelNotFoundError
+from calotype.families import family_of
+from calotype.nn.clip import CLIPText
+from calotype.nn.unet import UNet
+from calotype.schedule import NoiseSchedule
+from calotype.text.tokenizer import Tokenizer
+from calotype.weights import load, source
+from calotype.weights.compare import check
+from calotype.weights.detect import kind_of, looks_like
+from calotype.weights.files import PICKLES, TensorInfo, header, is_finite, read, read_json, unsafe
+from calotype.weights.names import Kind
+from calotype.weights.pipeline import Pipeline, read_defaults, read_pipeline
+
+BUILDERS = {"unet": load.unet_on_meta, "vae": load.vae_on_meta, "text_encoder": load.text_encoder_on_meta}
+KINDS: dict[str, Kind] = {
+    "unet": "unet",
+    "vae": "vae",
+    "text_encoder": "text_encoder",
+    "text_encoder_2": "text_encoder",
+}
+
+Report = dict[str, Any]
+Network = UNet | CLIPText | load.Vae
+
+
+def inspect_model(ref: str | Path | None, *, revision: str | None = None, offline: bool = False) -> Report:
+    """A report, ready for JSON, on a model folder, one part of it, or one .safetensors file.
+
+    Always: "source", "looks_like" and "problems", one line each. A model folder also has "family", "pipeline", "parts",
+    "scheduler" and "defaults"; a lone part or file has "parts" with one entry. All weights are read once, for NaN.
+    Raises ModelNotFoundError where there is nothing, UnsafeFileError for a pickle.
+    """
+    root = source.resolve(ref, revision=revision, offline=offline)
+    if root.is_file():
+        return _inspect_file(root)
+    if not (root / "model_index.json").is_file() and (root / "config.json").is_file():
+        return _inspect_part(root)
+    return _inspect_pipeline(root)
+
+
+def _inspect_file(path: Path) -> Report:
+    if path.name.endswith(PICKLES):
+        raise unsafe(path)
+    problems: list[str] = []
+    part: Report = {}
+    likeness = "nothing known"
+    with _noting(problems):
+        infos = header(path)
+        part = {"kind": kind_of(_shapes(infos)), **_sizes([path], infos)}
+        likeness = looks_like(_shapes(infos))
+        _find_not_finite([path], problems)
+    return {"source": str(path), "looks_like": likeness, "parts": {path.name: part}, "problems": problems}
+
+
+def _inspect_part(folder: Path) -> Report:
+    problems: list[str] = []
+    kind: Kind | None = None
+    likeness = "nothing known"
+    with _noting(problems):
+        infos = load.merged_header(load.weight_files(folder, None))
+        kind, likeness = kind_of(_shapes(infos)), looks_like(_shapes(infos))
+    part, network = _part_report(kind, folder, problems) if kind else ({}, None)
+    report = {"source": str(folder), "looks_like": likeness, "parts": {folder.resolve().name: {"kind": kind, **part}}}
+    return report | {"problems": problems} | _unet_facts(network)
+
+
+def _inspect_pipeline(root: Path) -> Report:
+    problems: list[str] = []
+    report: Report = {"source": str(root), "looks_like": "nothing known", "problems": problems}
+    pipeline: Pipeline | None = None
+    with _noting(problems):
+        pipeline = read_pipeline(root)
+    if pipeline is None:
+        return report
+    report["pipeline"] = pipeline.kind
+    parts: dict[str, Report] = {}
+    networks: dict[str, Network] = {}
+    for name, class_name in pipeline.classes.items():
+        parts[name] = {"class": class_name}
+        if name.startswith("tokenizer"):
+            with _noting(problems):
+                tokenizer = Tokenizer.load(root / name)
+                parts[name] |= {"tokens": tokenizer.size, "length": tokenizer.length}
+        elif name in KINDS:
+            found, network = _part_report(KINDS[name], root / name, problems)
+            parts[name] |= found
+            if network is not None:
+                networks[name] = network
+    report["parts"] = parts
+
+    schedule: NoiseSchedule | None = None
+    with _noting(problems):
+        config = read_json(root / "scheduler" / "scheduler_config.json")
+        schedule = NoiseSchedule.from_config(config)
+        report["scheduler"] = {
+            "class": schedule.kind,
+            "prediction": schedule.prediction,
+            "timesteps": schedule.T,
+            "spacing": schedule.spacing,
+            "zero_terminal_snr": bool(schedule.alpha[-1] == 0),
+        }
+    unet, vae = networks.get("unet"), networks.get("vae")
+    report |= _unet_facts(unet)
+    if isinstance(unet, UNet) and vae is not None and not isinstance(vae, CLIPText) and not isinstance(vae, UNet):
+        with _noting(problems):
+            encoders = [networks[name] for _, name in pipeline.text_parts if name in networks]
+            if len(encoders) == len(pipeline.text_parts):
+                load.check_fit(unet, vae, [encoder for encoder in encoders if isinstance(encoder, CLIPText)])
+        if schedule is not None:
+            with _noting(problems):
+                report["defaults"] = asdict(
+                    read_defaults(root, family_of(unet.config), unet.config, schedule, vae.config.downscale)
+                )
+    return report
+
+
+def _unet_facts(unet: object) -> Report:
+    """What a U-Net's config says of the whole model."""
+    if not isinstance(unet, UNet):
+        return {}
+    family = family_of(unet.config)
+    embedding = unet.config.guidance_dim is not None
+    return {
+        "family": family.name,
+        "looks_like": f"{family.title}, LCM with guidance embedding" if embedding else family.title,
+        "guidance_embedding": embedding,
+    }
+
+
+def _part_report(kind: Kind, folder: Path, problems: list[str]) -> tuple[Report, Network | None]:
+    """Facts on one part, and the network without weights that its config describes; faults go to `problems`."""
+    report: Report = {}
+    network: Network | None = None
+    with _noting(problems):
+        network = BUILDERS[kind](folder)
+    with _noting(problems):
+        files = load.weight_files(folder, None)
+        infos = load.merged_header(files)
+        report = _sizes(files, infos) | {
+            "variants": sorted(name for name in load.available(folder) if name is not None)
+        }
+        if network is not None:
+            with _noting(problems):
+                check(kind, infos, load.network_shapes(network), folder)
+        _find_not_finite(files, problems)
+    beside = sorted(path.name for path in folder.glob("*") if path.name.endswith(PICKLES))
+    if beside and report:
+        problems.append(f"{folder} holds pickles beside the safetensors, which are not read: {', '.join(beside[:5])}")
+    return report, network
+
+
+def _sizes(files: list[Path], infos: Mapping[str, TensorInfo]) -> Report:
+    dtypes = sorted({info.dtype for info in infos.values() if info.count > 0})
+    return {
+        "files": {path.name: path.stat().st_size for path in files},
+        "tensors": len(infos),
+        "parameters": sum(info.count for info in infos.values()),
+        "dtypes": dtypes,
+    }
+
+
+def _find_not_finite(files: list[Path], problems: list[str]) -> None:
+    """Reads every weight once, by mmap."""
+    bad = [name for name, tensor in read(files).items() if not is_finite(tensor)]
+    if bad:
+        problems.append(
+            f"{files[0].parent}: {len(bad)} tensors have NaN or infinite values, the first is {bad[0]!r:.120}"
+        )
+
+
+def _shapes(infos: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for name, info in infos.items()}
+
+
+@contextmanager
+def _noting(problems: list[str]) -> Iterator[None]:
+    """Turns a fault into a line of the report, so that the rest is still looked at."""
+    try:
+        yield
+    except (CheckpointError, ModelNotFoundError) as error:
+        problems.append(error.message)

@@ -1,0 +1,144 @@
+"""model_index.json, which says what parts a model has, and calotype.json, which says how it likes to be run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from calotype.errors import CheckpointError
+from calotype.families import LCM_GUIDANCE, LCM_GUIDANCE_RANGE, LCM_STEPS, PLAIN_LCM_GUIDANCE, Family
+from calotype.nn.unet import UNetConfig
+from calotype.parts import Defaults
+from calotype.schedule import NoiseSchedule
+from calotype.weights.configs import TEXT_CLASSES
+from calotype.weights.fields import Fields
+from calotype.weights.files import read_json, shown
+
+PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "LatentConsistencyModelPipeline",
+    "LatentConsistencyModelImg2ImgPipeline",
+)
+CLASSES: dict[str, Sequence[str]] = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "text_encoder": TEXT_CLASSES,
+    "text_encoder_2": TEXT_CLASSES,
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+LIBRARIES = ("diffusers", "transformers")
+REQUIRED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # listed in model_index.json, not part of a picture
+SAMPLERS = ("lcm", "ddim", "euler")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What model_index.json says."""
+
+    kind: str  # the pipeline's class name
+    classes: dict[str, str]  # part -> class name, for the parts that calotype uses
+    zero_empty_negative: bool
+
+    @property
+    def text_parts(self) -> tuple[tuple[str, str], ...]:
+        """(tokenizer, text encoder) folder names: one pair, or SDXL's two."""
+        pairs = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
+        return tuple(pair for pair in pairs if pair[1] in self.classes)
+
+
+def read_pipeline(folder: Path) -> Pipeline:
+    """A model folder's model_index.json. Raises CheckpointError for parts that are missing or not allowed."""
+    path = folder / "model_index.json"
+    if not path.is_file():
+        if (folder / "config.json").is_file():
+            message, hint = "holds one part of a model only", "pass it as unet= or vae= next to a whole model"
+        else:
+            message, hint = (
+                "is not a model folder: model_index.json is missing",
+                "a folder in the diffusers layout is needed",
+            )
+        raise CheckpointError(f"{folder} {message}", hint)
+    raw = read_json(path)
+    fields = Fields(raw, str(path))
+    if raw.get("_class_name") not in PIPELINES:
+        raise fields.refuse("_class_name", f"supported here are {', '.join(PIPELINES)}")
+    classes = {}
+    for part, entry in raw.items():
+        if isinstance(entry, list) and part not in UNUSED and entry != [None, None]:
+            classes[part] = _part_class(fields, part, entry)
+    if missing := [part for part in REQUIRED if part not in classes]:
+        raise CheckpointError(f"{path} lists no {' and no '.join(missing)}")
+    if ("text_encoder_2" in classes) != ("tokenizer_2" in classes):
+        raise CheckpointError(f"{path} lists one of text_encoder_2 and tokenizer_2; both or none are needed")
+    # SDXL's pipelines zero an empty negative prompt unless told not to; the others have no such option.
+    zero = fields.flag("force_zeros_for_empty_prompt", True) if "XL" in raw["_class_name"] else False
+    return Pipeline(raw["_class_name"], classes, zero)
+
+
+def _part_class(fields: Fields, part: str, entry: list[object]) -> str:
+    if len(entry) != 2 or entry[0] not in LIBRARIES or not isinstance(entry[1], str):
+        raise fields.refuse(part, f"[library, class] is needed, the library one of {', '.join(LIBRARIES)}")
+    name = entry[1]
+    if part == "scheduler":  # its classes are NoiseSchedule's business
+        return name
+    if part not in CLASSES:
+        raise fields.refuse(part, f"known parts are {', '.join((*CLASSES, 'scheduler', *UNUSED))}")
+    if name not in CLASSES[part]:
+        flax = "; Flax weights cannot be read" if name.startswith("Flax") else ""
+        raise fields.refuse(part, f"supported here are {', '.join(CLASSES[part])}{flax}")
+    return name
+
+
+def default_sampler(unet: UNetConfig, schedule: NoiseSchedule) -> str:
+    """A guidance embedding is only ever trained by consistency distillation, whatever scheduler lies beside it."""
+    return "lcm" if unet.guidance_dim is not None else schedule.default_sampler
+
+
+def read_defaults(folder: Path, family: Family, unet: UNetConfig, schedule: NoiseSchedule, downscale: int) -> Defaults:
+    """The model's defaults: what calotype.json gives, and the family's for the rest.
+
+    `downscale` is the autoencoder's pixels a latent. Raises CheckpointError for unknown fields and values out of range.
+    """
+    path = folder / "calotype.json"
+    raw = read_json(path) if path.is_file() else {}
+    fields = Fields(raw, str(path))
+    known = ("sampler", "steps", "guidance", "width", "height", "guidance_range")
+    if unknown := [name for name in raw if name not in known]:
+        raise CheckpointError(f"{path} has the field {shown(unknown[0])}; known are {', '.join(known)}")
+    sampler = fields.one_of("sampler", default_sampler(unet, schedule), SAMPLERS)
+    steps, guidance, side = family.steps, family.guidance, unet.sample_size * downscale
+    if sampler == "lcm":
+        steps, guidance = LCM_STEPS, PLAIN_LCM_GUIDANCE if unet.guidance_dim is None else LCM_GUIDANCE
+
+    def pixels(name: str) -> int:
+        value = fields.integer(name, side, downscale, 16384)
+        if value % downscale:
+            raise fields.refuse(name, f"a multiple of {downscale} is needed")
+        return value
+
+    return Defaults(
+        sampler=sampler,
+        steps=fields.integer("steps", steps, 1, schedule.T),
+        guidance=fields.number("guidance", guidance, 0.0, 100.0),
+        width=pixels("width"),
+        height=pixels("height"),
+        guidance_range=_guidance_range(fields, unet),
+    )
+
+
+def _guidance_range(fields: Fields, unet: UNetConfig) -> tuple[float, float] | None:
+    """The guidance that the embedding was trained for; nothing where guidance is real (two evaluations a step)."""
+    if unet.guidance_dim is None:
+        return None
+    low, high = fields.items("guidance_range", LCM_GUIDANCE_RANGE, 2, 2)
+    if any(type(bound) not in (int, float) for bound in (low, high)) or not 0 <= low <= high <= 100:
+        raise fields.refuse("guidance_range", "[lowest, highest] from 0 to 100 is needed")
+    return float(low), float(high)
