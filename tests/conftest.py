@@ -6,7 +6,7 @@ import json
 import shutil
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ WORDS = ("a", "fox", "red", "cat", "in", "the", "snow", "of", "dog", "astronaut"
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Connections beyond this machine fail the test; the Hub's cache is an empty folder."""
     connect = socket.socket.connect
 
@@ -31,7 +31,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
     monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf", numbered=True)))
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    yield
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ import warnings
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+import typer
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -488,6 +489,16 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(arguments) == 0
         shown = capsys.readouterr().out
         assert [name for name in COMMANDS if not re.search(rf"\b{name}\b", shown)] == []
+
+
+def test_brackets_in_help_are_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COMMANDS, "show", f"{__name__}:bracketed")
+    assert main(["show", "--help"]) == 0
+    assert "[default: ours]" in capsys.readouterr().out
+
+
+def bracketed(option: Annotated[str | None, typer.Option(help="What [default: ours].")] = None) -> None:
+    """A command."""
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,8 +30,15 @@ OPTIONS = {
     """,
     "show": "file --json --debug",
     "inspect": "model --json --revision --offline --debug",
-    "distill": "",
-    "eval": "",
+    "distill": """
+        teacher data --output -o --max-train-steps --train-batch-size --learning-rate --lr-scheduler --lr-warmup-steps
+        --resolution --seed --w-min --w-max --ema-decay --huber-c --mixed-precision --checkpointing-steps --resume
+        --device --offline --quiet -q --debug
+    """,
+    "eval": """
+        model --teacher --teacher-unet --prompts --samples --steps --guidance --batch --cache --output -o --seed
+        --device --dtype --offline --json --quiet -q --debug
+    """,
 }
 
 

@@ -28,14 +28,13 @@ def main() -> None:
     parser.add_argument("icons", type=Path)
     torch.manual_seed(0)
     rows, pictures = recipe.read_icons(parser.parse_args().icons)
-    unseen = [i for i, row in enumerate(rows) if recipe.is_held_out(row)]
-    pictures, styles = pictures[unseen], [rows[i]["style"] for i in unseen]
+    unseen = pictures[[i for i, row in enumerate(rows) if recipe.is_held_out(row)]]
     net = load_features()
-    clean = features(net, pictures)
+    clean = features(net, unseen)
     print(f"{len(clean)} held-out pictures, {clean.shape[1]} features; kernel distances x 1000\n")
     print_null(clean)
-    print_damage(net, pictures, clean)
-    print_mixture(clean, styles)
+    print_damage(net, unseen, clean)
+    print_mixture(net, rows, pictures)
 
 
 def halves(n: int) -> tuple[Tensor, Tensor]:
@@ -102,13 +101,17 @@ def print_damage(net: FeatureNet, pictures: Tensor, clean: Tensor) -> None:
         print()
 
 
-def print_mixture(clean: Tensor, styles: list[str]) -> None:
-    """Flat icons, of which a growing share is replaced by icons in another style."""
-    names = ("flat", "gradient", "noto", "3d")
-    of = {name: clean[[i for i, style in enumerate(styles) if style == name]] for name in names}
+def print_mixture(net: FeatureNet, rows: list[dict[str, str]], pictures: Tensor) -> None:
+    """Flat icons, of which a growing share is replaced by icons in another style. All icons: the unseen are too few."""
+    others = ("gradient", "noto", "3d")
+    of = {
+        name: features(net, pictures[[i for i, row in enumerate(rows) if row["style"] == name]])
+        for name in ("flat", *others)
+    }
     flat = of["flat"]
     a, b = halves(len(flat))
-    for name in ("gradient", "noto", "3d"):
+    print("\nall pictures of these styles, trained on or not:")
+    for name in others:
         print(f"flat with a share of {name}:", end=" ")
         for share in (0, 0.1, 0.25, 0.5, 1):
             count = round(share * len(b))

@@ -1,6 +1,6 @@
 """Writes the 1,000 prompts of `calotype eval`: captions that the first teacher was trained on, shuffled once for all.
 
-    python recipes/icons/make_prompts.py ICONS [-o recipes/icons/prompts.txt]
+python recipes/icons/make_prompts.py ICONS [-o recipes/icons/prompts.txt]
 """
 
 from __future__ import annotations

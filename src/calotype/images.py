@@ -110,7 +110,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 def parameters(metadata: Mapping[str, Any]) -> str:
     """The request in AUTOMATIC1111's form: the prompt, the negative prompt, then a line of names and values."""
-    request = metadata.get("request", {})
+    request, model = metadata.get("request", {}), metadata.get("model", {})
     lines = [str(request.get("prompt", ""))]
     if request.get("negative_prompt"):
         lines.append(f"Negative prompt: {request['negative_prompt']}")
@@ -121,7 +121,7 @@ def parameters(metadata: Mapping[str, Any]) -> str:
         "CFG scale": request.get("guidance"),
         "Seed": request.get("seed"),
         "Size": size,
-        "Model": metadata.get("model"),
+        "Model": model.get("model") if isinstance(model, Mapping) else model,
         "Clip skip": request.get("clip_skip"),
         "Version": METADATA_KEY,
     }

@@ -21,6 +21,15 @@ MAX_N = 64
 SIZE_STEP, MAX_SIDE = 8, 8192  # one latent is 8 x 8 pixels
 MAX_PIXELS = 4096 * 4096
 
+# What other programs call our fields, for the hint.
+ELSEWHERE = {
+    "guidance_scale": "guidance",
+    "cfg_scale": "guidance",
+    "num_inference_steps": "steps",
+    "num_images_per_prompt": "n",
+    "sampler_name": "sampler",
+}
+
 
 @dataclass(frozen=True)
 class Request:
@@ -113,7 +122,7 @@ class Request:
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
-                hint = _nearest(name, known)
+                hint = _nearest(ELSEWHERE.get(name, name), known)
                 raise UsageError(f"a request has no field {_shown(name)}: it has {', '.join(known)}", hint)
         if "prompt" not in values:
             raise UsageError("a request must have a prompt", "the empty text is a prompt")

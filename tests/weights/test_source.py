@@ -184,7 +184,11 @@ def test_a_part_alone_takes_its_own_files_only() -> None:
 
 def test_shards_come_with_their_index() -> None:
     stem = "unet/diffusion_pytorch_model"
-    plain = [f"{stem}.safetensors.index.json", f"{stem}-00001-of-00002.safetensors", f"{stem}-00002-of-00002.safetensors"]
+    plain = [
+        f"{stem}.safetensors.index.json",
+        f"{stem}-00001-of-00002.safetensors",
+        f"{stem}-00002-of-00002.safetensors",
+    ]
     new = [f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16-00001-of-00001.safetensors"]
     files = ["model_index.json", *plain, *new]
     assert set(needed(files, "x", None, None)) == {"model_index.json", *plain}
@@ -222,7 +226,9 @@ def hub(tiny_sd15: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
                 info = {"id": "org/tiny", "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
                 self.send(json.dumps(info).encode(), "application/json")
             elif path == f"/api/models/org/tiny/tree/{COMMIT}":
-                tree = [{"type": "file", "path": f, "size": p.stat().st_size, "oid": "0" * 40} for f, p in files.items()]
+                tree = [
+                    {"type": "file", "path": f, "size": p.stat().st_size, "oid": "0" * 40} for f, p in files.items()
+                ]
                 self.send(json.dumps(tree).encode(), "application/json")
             elif name in files:
                 if self.command == "GET":

@@ -66,6 +66,8 @@ def _build(name: str) -> Any:
     shared = typer.Typer(add_completion=False)
     shared.command()(_shared_options)
     command.params += typer.main.get_command(shared).params
+    for parameter in command.params:  # rich would take "[default: ...]" for its markup, and drop it
+        parameter.help = parameter.help and parameter.help.replace("[", r"\[")  # type: ignore[attr-defined]
     return command
 
 

@@ -29,7 +29,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="The few-step model: folder or Hub id.", show_default=False)],
     teacher: Annotated[
         str,
-        typer.Option(metavar="T", help="The model that it was distilled from: folder or Hub id.", show_default=False),
+        typer.Option(metavar="T", help="What it was distilled from: folder or Hub id.", show_default=False),
     ],
     teacher_unet: Annotated[
         str | None, typer.Option(metavar="U", help="Take the teacher's U-Net from this model.")
@@ -76,14 +76,23 @@ def evaluate(
     import calotype
 
     with progress(quiet=quiet) as show:
-        show("loading", None, None)
+        show("loading")
         where = {"device": device, "dtype": dtype, "offline": offline}
-        student = calotype.load(model, **where).parts  # type: ignore[arg-type]
-        origin = calotype.load(teacher, unet=teacher_unet, **where).parts  # type: ignore[arg-type]
+        student = fast(calotype.load(model, **where).parts)  # type: ignore[arg-type]
+        origin = fast(calotype.load(teacher, unet=teacher_unet, **where).parts)  # type: ignore[arg-type]
         table = measure(student, origin, texts, counts, guidance, seed, batch, folder, show)
     if output is not None:
         draw_grid(table, texts, output)
     typer.echo(json.dumps(to_json(table)) if as_json else "\n".join(lines(table)))
+
+
+def fast(parts: Parts) -> Parts:
+    """Convolutions are a tenth quicker on a CPU with the channels last in memory."""
+    import torch
+
+    parts.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    parts.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return parts
 
 
 def measure(

@@ -118,7 +118,7 @@ def encode_pictures(parts: Parts, examples: list[Example], resolution: int, batc
     for start in range(0, len(examples), batch):
         pictures = torch.cat([to_tensor(load_picture(e.path, resolution)) for e in examples[start : start + batch]])
         mean, _ = parts.vae.encode(pictures)
-        yield ((mean - config.shift_factor) * config.scaling_factor).half()
+        yield ((mean - config.shift_factor) * config.scaling_factor).half().contiguous()
 
 
 @torch.inference_mode()

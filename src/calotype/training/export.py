@@ -72,9 +72,9 @@ def export_lcm(teacher: Path, unet: UNet, parts: Parts, output: Path, settings: 
             "width": settings.resolution,
             "height": settings.resolution,
             "guidance_range": [1 + settings.w_min, 1 + settings.w_max],
-            "distilled": asdict(settings),
         },
     )
+    _write(output / "distillation.json", asdict(settings))  # how it was made
     index = json.loads((teacher / "model_index.json").read_text())
     index["_class_name"] = "LatentConsistencyModelPipeline" if parts.family != "sdxl" else "StableDiffusionXLPipeline"
     index["scheduler"] = ["diffusers", "LCMScheduler"]

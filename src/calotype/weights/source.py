@@ -180,8 +180,9 @@ def _weights(names: set[str], variant: str | None) -> set[str]:
         for key in chosen:
             wanted |= {found[key]}
             if found[key].endswith(".json"):
-                dotted = "" if key is None else rf"(\.{key})?"  # before the numbers, in older repositories behind them
-                shard = re.compile(rf"{stem}{dotted}-\d{{5}}-of-\d{{5}}{dotted}\.safetensors")
+                dotted = "" if key is None else rf"\.{key}"  # before the numbers; in older repositories behind them
+                numbers = r"-\d{5}-of-\d{5}"
+                shard = re.compile(rf"{stem}({dotted}{numbers}|{numbers}{dotted})\.safetensors")
                 wanted |= {name for name in names if shard.fullmatch(name)}
     return wanted
 
