@@ -2,8 +2,8 @@
 
     python recipes/icons/prepare.py ICONS OUT [--style flat]
 
-ICONS holds pictures-128.tar and manifest.jsonl. A picture's captions are its name, mostly bare and sometimes in a phrase, as
-the base model has learnt them.
+ICONS holds pictures-128.tar and manifest.jsonl. A picture's captions are its name, mostly bare and sometimes in a
+phrase, as the base model has learnt them.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import secrets
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -71,14 +71,9 @@ def resolve(parts: Parts, request: Request) -> Request:
     """
     defaults = parts.defaults
     sampler = defaults.sampler if request.sampler is None else request.sampler
+    steps = defaults.steps if request.steps is None else request.steps
     if request.timesteps is not None:
-        if request.steps not in (None, len(request.timesteps)):
-            raise UsageError(f"steps is {request.steps}, but {len(request.timesteps)} timesteps are given")
         steps = len(request.timesteps)
-    elif request.steps is not None:
-        steps = request.steps
-    else:
-        steps = defaults.steps
     resolved = replace(
         request,
         sampler=sampler,
@@ -111,11 +106,8 @@ def _check_size(parts: Parts, request: Request) -> None:
 
 
 def _check_guidance(parts: Parts, request: Request) -> None:
-    embedded, guidance, trained = (
-        parts.unet.config.guidance_dim is not None,
-        request.guidance,
-        parts.defaults.guidance_range,
-    )
+    embedded, guidance = parts.unet.config.guidance_dim is not None, request.guidance
+    trained = parts.defaults.guidance_range
     assert guidance is not None
     messages = []
     if embedded and trained is not None and not trained[0] <= guidance <= trained[1]:
@@ -135,24 +127,28 @@ def _check_guidance(parts: Parts, request: Request) -> None:
 @torch.inference_mode()
 def prepare(parts: Parts, request: Request) -> Job:
     """Encodes the prompt and draws all noise of a resolved request."""
+    assert request.sampler is not None, "the request is not resolved"
     assert request.steps is not None
-    assert request.sampler is not None
+    assert request.guidance is not None
+    assert request.width is not None
+    assert request.height is not None
     weight = next(parts.unet.parameters())
     times = tuple(grid_for(request.sampler, parts.schedule, request.steps, request.timesteps))
     downscale = parts.vae.config.downscale
-    assert request.height is not None
-    assert request.width is not None
     shape = (parts.vae.config.latent_channels, request.height // downscale, request.width // downscale)
     draws = draw_noise(seeds(request), shape, draws_needed(request.sampler, len(times)))
     noise = [draw.to(weight.device, weight.dtype) for draw in draws]
-    conditioning, negative = condition(parts, request, weight)
-    return Job(
-        request,
-        times,
-        sampling.SAMPLERS[request.sampler](parts.schedule, times, noise),
-        conditioning,
-        negative,
+    conditioning, negative = condition(
+        parts,
+        [request.prompt] * request.n,
+        request.negative_prompt,
+        request.guidance,
+        (request.width, request.height),
+        clip_skip=request.clip_skip,
+        emphasis=request.emphasis,
     )
+    sampler = sampling.SAMPLERS[request.sampler](parts.schedule, times, noise)
+    return Job(request, times, sampler, conditioning, negative)
 
 
 def seeds(request: Request) -> list[int]:
@@ -161,39 +157,41 @@ def seeds(request: Request) -> list[int]:
     return [request.seed + i for i in range(request.n)]
 
 
-def condition(parts: Parts, request: Request, like: Tensor) -> tuple[Conditioning, Conditioning | None]:
-    """What steers the network: the prompt's conditioning and, for real guidance, the negative prompt's. n rows each, in
-    the dtype and on the device of `like`."""
-    assert request.guidance is not None
-    embedded = parts.unet.config.guidance_dim is not None
-    prompts = [request.prompt]
-    if not embedded and request.guidance > 1:
-        prompts.append(request.negative_prompt)
-    context, pooled = parts.text.encode(prompts, clip_skip=request.clip_skip, emphasis=request.emphasis)
-    context = context.to(like.device, like.dtype)
-    pooled = None if pooled is None else pooled.to(like.device, like.dtype)
-    if len(prompts) == 2 and parts.zero_empty_negative and request.negative_prompt == "":
-        context[1].zero_()  # SDXL was trained so: no text is zeros, not the embedding of ""
-        if pooled is not None:
-            pooled[1].zero_()
+def condition(
+    parts: Parts,
+    prompts: Sequence[str],
+    negative: str,
+    guidance: float,
+    size: tuple[int, int],
+    *,
+    clip_skip: int | None = None,
+    emphasis: bool = False,
+) -> tuple[Conditioning, Conditioning | None]:
+    """What steers the network, a row for each prompt; and the negative prompt's rows, for a second evaluation.
 
+    size: width and height in pixels. A guidance embedding takes the scale itself: there is no second evaluation then.
+    """
+    n, config, weight = len(prompts), parts.unet.config, next(parts.unet.parameters())
+    embedded = config.guidance_dim is not None
+    twice = not embedded and guidance > 1
+    context, pooled = parts.text.encode(
+        [*prompts, negative] if twice else prompts, clip_skip=clip_skip, emphasis=emphasis
+    )
+    context, pooled = context.to(weight), None if pooled is None else pooled.to(weight)
+    if twice and parts.zero_empty_negative and negative == "":
+        context[n:] = 0  # SDXL was trained so: no text is zeros, not the embedding of ""
+        if pooled is not None:
+            pooled[n:] = 0
     time_ids = None
-    if parts.unet.config.addition_in_dim is not None:
-        assert request.height is not None
-        assert request.width is not None
-        size = (float(request.height), float(request.width))
-        time_ids = torch.tensor([*size, 0.0, 0.0, *size], device=like.device).expand(request.n, 6)
-    w = torch.full((request.n,), request.guidance - 1.0, device=like.device) if embedded else None
-    rows = [
-        Conditioning(
-            context[i].expand(request.n, -1, -1),
-            None if pooled is None else pooled[i].expand(request.n, -1),
-            time_ids,
-            w,
-        )
-        for i in range(len(prompts))
-    ]
-    return rows[0], rows[1] if len(rows) == 2 else None
+    if config.addition_in_dim is not None:
+        height_width = (float(size[1]), float(size[0]))
+        time_ids = torch.tensor([*height_width, 0.0, 0.0, *height_width], device=weight.device).expand(n, 6)
+    w = torch.full((n,), guidance - 1.0, device=weight.device) if embedded else None
+    text = Conditioning(context[:n], None if pooled is None else pooled[:n], time_ids, w)
+    if not twice:
+        return text, None
+    no_pooled = None if pooled is None else pooled[n:].expand(n, -1)
+    return text, Conditioning(context[n:].expand(n, -1, -1), no_pooled, time_ids, None)
 
 
 @torch.inference_mode()

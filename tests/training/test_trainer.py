@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import calotype
-from calotype.errors import CheckpointError, UsageError
+from calotype.errors import CalotypeWarning, CheckpointError, UsageError
 from calotype.training.data import Example, load_picture, pick, read_folder
 from calotype.training.trainer import Settings, TrainStep, newest_checkpoint, student_of
 from calotype.weights.load import load_parts
@@ -98,6 +98,7 @@ def test_the_loss_falls(tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None
         ({"w_min": 5.0, "w_max": 3.0}, "w_min 5.0 and w_max 3.0"),
         ({"w_max": float("inf")}, "w_min"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"skipping_step": 0}, "skipping_step is 0"),
         ({"lr_scheduler": "linear"}, "lr_scheduler is 'linear'"),
         ({"mixed_precision": "fp8"}, "mixed_precision is 'fp8'"),
         ({"resolution": 100}, "resolution is 100"),
@@ -122,10 +123,12 @@ def test_a_folder_in_use_is_refused(tiny_sd15: Path, pictures: Path, tmp_path: P
     assert (tmp_path / "theirs.txt").read_text() == "mine"
 
 
-def test_resuming_with_other_settings_is_refused(tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None:
+def test_resuming_with_other_settings_is_said_and_recorded(tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None:
     run(tiny_sd15, pictures, tmp_path / "o", max_train_steps=2)
-    with pytest.raises(UsageError, match=r"w_max is 9.0, but the run in .* has 15.0"):
+    with pytest.warns(CalotypeWarning, match=r"from step 2 on .*: w_max 15.0 -> 9.0"):
         run(tiny_sd15, pictures, tmp_path / "o", max_train_steps=4, w_max=9.0, resume=True)
+    history = json.loads((tmp_path / "o" / "distillation.json").read_text())
+    assert [(stage["from_step"], stage["w_max"]) for stage in history] == [(0, 15.0), (2, 9.0)]
 
 
 # ---- data ----

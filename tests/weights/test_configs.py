@@ -1,4 +1,4 @@
-"""Configs of diffusers and transformers become ours: the same tensors as theirs, and a refusal for what is not built."""
+"""Configs of diffusers and transformers become ours: with the tensors that they have, or a refusal of the field."""
 
 from __future__ import annotations
 
@@ -170,12 +170,12 @@ REFUSED_UNET: dict[str, Any] = {
     "attention_type": ["gated"],
     "center_input_sample": [True, 0],
     "resnet_out_scale_factor": [2.0],
-    "block_out_channels": [[], [0, 1], [320, 640], "320", [320] * 9, [320.0] * 4, [True] * 4, [10**12] * 4, [330] * 4],
+    "block_out_channels": [[], [0, 1], "320", [320] * 9, [320.0] * 4, [True] * 4, [10**12] * 4, [330] * 4],
     "layers_per_block": [0, 10**9, -1, 2.5, True, [1, 2], "2"],
     "transformer_layers_per_block": [10**9, -1, [1, 1], [[1, 1]] * 4, "1", 1.0, True, {"a": 1}],
     "reverse_transformer_layers_per_block": [[1], [[1]] * 4, [[10**9] * 3] * 4],
     "attention_head_dim": [0, 7, -8, [8], [7, 8, 8, 8], 10**9],
-    "cross_attention_dim": [0, 10**9, [768, 768, 768, 1024], None.__class__],
+    "cross_attention_dim": [0, 10**9, [768, 768, 768, 1024], []],
     "down_block_types": [[CROSS], ["KDownBlock2D"] * 4, "CrossAttnDownBlock2D", [None] * 4],
     "up_block_types": [[CROSS_UP] * 3, [CROSS] * 4],
     "norm_num_groups": [0, 7, 10**9],

@@ -200,6 +200,18 @@ def test_a_long_json_file_is_refused_by_its_size(tmp_path: Path) -> None:
         read_json(path)
 
 
+def test_a_value_in_a_message_is_one_short_line() -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    for value in (nested, "a\nb" * 10**6, list(range(10**6)), {"a\n": "\ud800"}, 10**4000, b"\n"):
+        text = files.shown(value)
+        assert len(text) <= 160
+        assert text.isprintable()
+    while nested:  # take it apart gently: the interpreter frees nested lists by recursion
+        nested = nested[0]
+
+
 # ---- which files ----
 
 

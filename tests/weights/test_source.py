@@ -69,7 +69,7 @@ def test_what_leads_nowhere_is_not_found(ref: str) -> None:
 
 
 def test_the_nearest_names_are_suggested(tiny_sd15: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelNotFoundError, match="nearest: .*tiny_sd15"):
+    with pytest.raises(ModelNotFoundError, match=r"nearest: .*tiny_sd15"):
         resolve(tiny_sd15.parent / "tiny_sd51")
     cache(tiny_sd15, "someone/dreamshaper")
     with pytest.raises(ModelNotFoundError, match="nearest: someone/dreamshaper"):
@@ -294,7 +294,7 @@ def test_without_a_network_the_cache_is_used_with_a_warning(tiny_sd15: Path, mon
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
-    with pytest.raises(ModelNotFoundError, match="could not be downloaded.*not in the cache"):
+    with pytest.raises(ModelNotFoundError, match=r"could not be downloaded.*not in the cache"):
         resolve("org/name")
     snapshot = cache(tiny_sd15, "org/name")
     with pytest.warns(CalotypeWarning, match="the copy in the cache is used"):

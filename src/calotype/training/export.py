@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from calotype.nn.unet import UNet
 from calotype.parts import Parts
-
-if TYPE_CHECKING:
-    from calotype.training.trainer import Settings
 
 SHARED = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
 # What the student inherits from the teacher's scheduler config: the noise levels and what the network predicts.
@@ -38,8 +34,8 @@ SCHEDULER = {
 }
 
 
-def export_lcm(teacher: Path, unet: UNet, parts: Parts, output: Path, settings: Settings) -> None:
-    """Writes `unet`, in float16, and the teacher's other parts to `output`.
+def export_lcm(teacher: Path, unet: UNet, parts: Parts, output: Path, history: list[dict[str, Any]]) -> None:
+    """Writes `unet`, in float16, and the teacher's other parts to `output`. `history` is the run's settings.
 
     model_index.json comes last, so that a folder that has one is complete.
     """
@@ -53,7 +49,9 @@ def export_lcm(teacher: Path, unet: UNet, parts: Parts, output: Path, settings: 
         name: tensor.detach().to("cpu", torch.float16).contiguous() for name, tensor in unet.state_dict().items()
     }
     (output / "unet").mkdir(exist_ok=True)
-    save_file(weights, output / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    file = output / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(weights, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors makes it readable by its owner alone, unlike every other file of the folder
     _write(output / "unet" / "config.json", config)
 
     scheduler = json.loads((teacher / "scheduler" / "scheduler_config.json").read_text())
@@ -63,18 +61,19 @@ def export_lcm(teacher: Path, unet: UNet, parts: Parts, output: Path, settings: 
         {**SCHEDULER, **{name: scheduler[name] for name in SCHEDULE if name in scheduler}},
     )
 
-    guidance = round(min(max(parts.defaults.guidance, 1 + settings.w_min), 1 + settings.w_max), 2)
+    settings = history[-1]
+    low, high = 1 + settings["w_min"], 1 + settings["w_max"]
     _write(
         output / "calotype.json",
         {
             "steps": 4,
-            "guidance": guidance,
-            "width": settings.resolution,
-            "height": settings.resolution,
-            "guidance_range": [1 + settings.w_min, 1 + settings.w_max],
+            "guidance": min(max(parts.defaults.guidance, low), high),
+            "width": settings["resolution"],
+            "height": settings["resolution"],
+            "guidance_range": [low, high],
         },
     )
-    _write(output / "distillation.json", asdict(settings))  # how it was made
+    _write(output / "distillation.json", history)  # how it was made
     index = json.loads((teacher / "model_index.json").read_text())
     index["_class_name"] = "LatentConsistencyModelPipeline" if parts.family != "sdxl" else "StableDiffusionXLPipeline"
     index["scheduler"] = ["diffusers", "LCMScheduler"]

@@ -72,18 +72,20 @@ def consistency_loss(
     batch: Batch,
     *,
     solver_steps: int = 50,
+    skip: int = 20,
     huber_c: float = 0.001,
 ) -> Tensor:
     """The distillation loss of each example (B,): the student at t must agree with the target one solver step on.
 
     `target` is the student's moving average (or the student itself), `teacher` the guided model; gradients flow through
-    the student alone. Pseudo-Huber distance of Song and Dhariwal 2023 (arXiv 2310.14189, Equation 8), averaged over the
-    latent's numbers as the released models were trained, not summed.
+    the student alone. `skip` is the paper's k, how many timesteps the solver jumps: the further, the sooner what is
+    known near the clean end reaches the noisy end, and the coarser the path. Pseudo-Huber distance of Song and Dhariwal
+    2023 (arXiv 2310.14189, Equation 8), averaged over the latent's numbers as the released models were trained, not
+    summed.
     """
     grid = solver_grid(schedule, solver_steps).to(batch.index.device)
     t = grid[batch.index]
-    # The step below the first is t = 0, where f(x, 0) = x: the one place where the loss sees the boundary.
-    t_next = (t - schedule.T // solver_steps).clamp(min=0)
+    t_next = (t - skip).clamp(min=0)  # at 0, f(x, 0) = x: the one place where the loss sees the boundary
     conditioning = replace(batch.conditioning, w=batch.w)
 
     x = schedule.add_noise(batch.x0, batch.noise, t)

@@ -12,15 +12,17 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from calotype.errors import CalotypeError, CheckpointError, UsageError
+from calotype.errors import CalotypeError, CalotypeWarning, CheckpointError, UsageError
 from calotype.nn.unet import Conditioning, UNet
 from calotype.schedule import NoiseSchedule
 from calotype.training.data import Dataset, pick, prepare
@@ -43,7 +45,8 @@ class Settings:
     seed: int = 0
     w_min: float = 3.0  # the paper's w: guidance - 1
     w_max: float = 15.0
-    num_ddim_timesteps: int = 50  # steps of the teacher's solver; k = T / this
+    num_ddim_timesteps: int = 50  # of the grid that training visits, the one that sampling picks its steps from
+    skipping_step: int = 20  # the paper's k: timesteps that the teacher's solver jumps
     ema_decay: float = 0.95
     huber_c: float = 0.001
     adam_weight_decay: float = 0.0
@@ -52,7 +55,13 @@ class Settings:
     checkpointing_steps: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("max_train_steps", "train_batch_size", "num_ddim_timesteps", "checkpointing_steps"):
+        for name in (
+            "max_train_steps",
+            "train_batch_size",
+            "num_ddim_timesteps",
+            "skipping_step",
+            "checkpointing_steps",
+        ):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}: must be at least 1")
         for name in ("learning_rate", "huber_c", "max_grad_norm"):
@@ -100,6 +109,7 @@ class State:
     student: UNet
     ema: UNet
     optimizer: torch.optim.AdamW
+    history: list[dict[str, Any]]  # the settings, and from which step on they held
     step: int = 0
 
 
@@ -149,9 +159,9 @@ def distill(
             log.write(json.dumps(asdict(report)) + "\n")
             if report.step % chosen.checkpointing_steps == 0 or report.step == chosen.max_train_steps:
                 log.flush()
-                _save(state, output, chosen)
+                _save(state, output)
             yield report
-    export_lcm(resolve(str(teacher), offline=offline), state.ema, parts, output, chosen)
+    export_lcm(resolve(str(teacher), offline=offline), state.ema, parts, output, state.history)
     yield TrainStep("done", state.step, chosen.max_train_steps)
 
 
@@ -176,7 +186,7 @@ def train(
         with autocast:
             losses = consistency_loss(
                 state.student, state.ema, teacher, schedule, batch,
-                solver_steps=settings.num_ddim_timesteps, huber_c=settings.huber_c,
+                solver_steps=settings.num_ddim_timesteps, skip=settings.skipping_step, huber_c=settings.huber_c,
             )  # fmt: skip
         loss = losses.mean()
         value = loss.item()
@@ -242,7 +252,7 @@ def _start(teacher: UNet, settings: Settings) -> State:
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=settings.learning_rate, weight_decay=settings.adam_weight_decay
     )
-    return State(student, ema, optimizer)
+    return State(student, ema, optimizer, [{"from_step": 0, **asdict(settings)}])
 
 
 # ---- checkpoints: written beside, synced, renamed; the old one goes only after the new one stands ----
@@ -254,7 +264,7 @@ def newest_checkpoint(output: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def _save(state: State, output: Path, settings: Settings) -> None:
+def _save(state: State, output: Path) -> None:
     folder = output / "checkpoints" / f"step-{state.step:08d}"
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -267,7 +277,7 @@ def _save(state: State, output: Path, settings: Settings) -> None:
     save_file(state.student.state_dict(), temporary / "student.safetensors")
     save_file(state.ema.state_dict(), temporary / "ema.safetensors")
     save_file(moments, temporary / "optimizer.safetensors")
-    (temporary / "settings.json").write_text(json.dumps({"step": state.step, **asdict(settings)}, indent=2))
+    (temporary / "state.json").write_text(json.dumps({"step": state.step, "history": state.history}, indent=2))
     for file in temporary.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -278,16 +288,19 @@ def _save(state: State, output: Path, settings: Settings) -> None:
 
 
 def _restore(state: State, folder: Path, settings: Settings) -> None:
-    saved = json.loads((folder / "settings.json").read_text())
-    # These may differ: they change how long it runs, not what a step is.
-    free = {"max_train_steps", "checkpointing_steps"}
-    for name, value in asdict(settings).items():
-        if name not in free and saved[name] != value:
-            raise UsageError(
-                f"{name} is {value}, but the run in {folder.parent.parent} has {saved[name]}",
-                hint="resume with the same settings, or start another output folder",
-            )
-    state.step = saved["step"]
+    saved = json.loads((folder / "state.json").read_text())
+    state.step, state.history = saved["step"], saved["history"]
+    now, before = asdict(settings), state.history[-1]
+    # These may change in silence: they say how long it runs, not what a step is.
+    changed = [
+        name for name in now if now[name] != before[name] and name not in ("max_train_steps", "checkpointing_steps")
+    ]
+    if changed:
+        what = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in changed)
+        message = f"from step {state.step} on the settings differ from the run's so far: {what}"
+        warnings.warn(message, CalotypeWarning, stacklevel=3)
+    if now != {name: before[name] for name in now}:
+        state.history.append({"from_step": state.step, **now})
     state.student.load_state_dict(load_file(folder / "student.safetensors"))
     state.ema.load_state_dict(load_file(folder / "ema.safetensors"))
     moments: dict[int, dict[str, Tensor]] = {}

@@ -15,9 +15,11 @@ from calotype.nn.tiny_vae import TinyVAEConfig
 from calotype.nn.unet import Depths, UNetConfig
 from calotype.nn.vae import VAEConfig
 from calotype.weights.fields import Fields
+from calotype.weights.files import shown
 
 MAX_LEVELS, MAX_LAYERS, MAX_DEPTH, MAX_BLOCKS = 8, 8, 24, 512
 MAX_CHANNELS, MAX_WIDTH = 8192, 16384
+MAX_SIDE = 4096
 MAX_PARAMETERS = 20e9
 
 DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # -> whether it has transformers
@@ -70,7 +72,7 @@ def check_class(raw: Mapping[str, Any], allowed: Sequence[str], where: str) -> s
         architectures = raw.get("architectures")
         name = architectures[0] if isinstance(architectures, list) and architectures else None
     if not isinstance(name, str) or name not in allowed:
-        raise CheckpointError(f"{where}: the class is {name!r:.80}; supported here are {', '.join(allowed)}")
+        raise CheckpointError(f"{where}: the class is {shown(name)}; supported here are {', '.join(allowed)}")
     return name
 
 
@@ -132,8 +134,8 @@ def _check_only_cross_attention(fields: Fields) -> None:
 def _side(fields: Fields, default: int) -> int:
     """sample_size is an integer, a (height, width) or null; ours is one side, the larger."""
     if isinstance(fields.raw.get("sample_size"), list):
-        return max(fields.integers("sample_size", (), 1, 65536, (2, 2)))
-    return fields.integer("sample_size", default, 1, 65536)
+        return max(fields.integers("sample_size", (), 1, MAX_SIDE, (2, 2)))
+    return fields.integer("sample_size", default, 1, MAX_SIDE)
 
 
 def _depths(fields: Fields, layers: Sequence[int]) -> tuple[Depths, Depths, int | None]:
@@ -233,7 +235,7 @@ def vae_config(raw: Mapping[str, Any], where: str = "config.json") -> VAEConfig:
         scaling_factor=fields.number("scaling_factor", 0.18215, 1e-6, 1e6),
         shift_factor=fields.number("shift_factor", 0.0, -1e6, 1e6),
         force_upcast=fields.flag("force_upcast", True),
-        sample_size=_side(fields, VAEConfig().sample_size),
+        sample_size=_side(fields, 32),
     )
 
 

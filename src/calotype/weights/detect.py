@@ -18,7 +18,11 @@ SIGNS = (
     ("adapter.body.", "a T2I-Adapter"),
     ("transformer_blocks.0.attn.norm_added_k", "a diffusion transformer, which is another architecture"),
 )
-TEXT_WIDTHS = {768: "CLIP L's", 1024: "OpenCLIP H's", 1280: "OpenCLIP bigG's"}
+TEXT_WIDTHS = {
+    768: "CLIP L's text encoder",
+    1024: "OpenCLIP H's text encoder",
+    1280: "OpenCLIP bigG's text encoder",
+}
 
 
 def kind_of(shapes: Shapes) -> Kind | None:
@@ -54,8 +58,8 @@ def looks_like(shapes: Shapes) -> str:
     if kind == "vae":
         return "a tiny autoencoder (TAESD)" if is_tiny(shapes) else "an autoencoder (AutoencoderKL)"
     if kind == "text_encoder":
-        width = next(shape[-1] for name, shape in shapes.items() if name.endswith("token_embedding.weight") and shape)
-        return f"{TEXT_WIDTHS.get(width, f'a CLIP of width {width}:')} text encoder"
+        width = next((s[-1] for name, s in shapes.items() if name.endswith("token_embedding.weight") and s), 0)
+        return TEXT_WIDTHS.get(width, f"a CLIP text encoder of width {width}")
     return "nothing known"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +53,13 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
-def shown(value: object, limit: int = 80) -> str:
-    """A value as one printable line of bounded length, for messages."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
+_SHORT = reprlib.Repr()  # bounded in depth as well: a plain repr of nested lists may exhaust the stack
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def shown(value: object) -> str:
+    """A value from a file as one printable line of bounded length, for messages."""
+    return _SHORT.repr(value)[:160]
 
 
 # ---- JSON ----

@@ -17,7 +17,7 @@ from calotype.text.tokenizer import Tokenizer
 from calotype.weights import load, source
 from calotype.weights.compare import check
 from calotype.weights.detect import kind_of, looks_like
-from calotype.weights.files import PICKLES, TensorInfo, header, is_finite, read, read_json, unsafe
+from calotype.weights.files import PICKLES, TensorInfo, header, is_finite, read, read_json, shown, unsafe
 from calotype.weights.names import Kind
 from calotype.weights.pipeline import Pipeline, read_defaults, read_pipeline
 
@@ -174,7 +174,7 @@ def _find_not_finite(files: list[Path], problems: list[str]) -> None:
     bad = [name for name, tensor in read(files).items() if not is_finite(tensor)]
     if bad:
         problems.append(
-            f"{files[0].parent}: {len(bad)} tensors have NaN or infinite values, the first is {bad[0]!r:.120}"
+            f"{files[0].parent}: {len(bad)} tensors have NaN or infinite values, the first is {shown(bad[0])}"
         )
 
 

@@ -37,6 +37,7 @@ LIBRARIES = ("diffusers", "transformers")
 REQUIRED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # listed in model_index.json, not part of a picture
 SAMPLERS = ("lcm", "ddim", "euler")
+MAX_PIXELS = 16384  # of a default width or height
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ def read_defaults(folder: Path, family: Family, unet: UNetConfig, schedule: Nois
         steps, guidance = LCM_STEPS, PLAIN_LCM_GUIDANCE if unet.guidance_dim is None else LCM_GUIDANCE
 
     def pixels(name: str) -> int:
-        value = fields.integer(name, side, downscale, 16384)
+        if not fields.given(name):
+            return side
+        value = fields.integer(name, side, downscale, MAX_PIXELS)
         if value % downscale:
             raise fields.refuse(name, f"a multiple of {downscale} is needed")
         return value

@@ -1,0 +1,35 @@
+"""What the README shows is run: its first block of Python, and that each file it names is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_first_lines_of_python_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert block is not None
+    exec(compile(block[1], "README.md", "exec"), {})
+    with Image.open("astronaut.png") as picture:
+        assert picture.size == (128, 128)
+        assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 500  # not a blank
+    assert sorted(path.name for path in Path().glob("step-*.png")) == [f"step-{i}.png" for i in range(4)]
+
+
+def test_links_and_rooms_exist() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    for link in links:
+        assert "://" in link or (ROOT / link).exists(), link
+    tree = README.split("src/calotype/\n")[1].split("```")[0]
+    for line in tree.splitlines():
+        name = line.split("  ")[1] if line.startswith("  ") else line.split()[0]
+        folder = ROOT / "src" / "calotype" if line.startswith("  ") else ROOT
+        assert (folder / name.strip()).exists(), line
