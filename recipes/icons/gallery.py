@@ -32,7 +32,7 @@ PROMPTS = (
     "crying face",
     "old man",
 )
-GUIDANCE = 4.0
+GUIDANCE = 7.0
 
 
 def main() -> None:

@@ -173,25 +173,26 @@ def condition(
     """
     n, config, weight = len(prompts), parts.unet.config, next(parts.unet.parameters())
     embedded = config.guidance_dim is not None
-    twice = not embedded and guidance > 1
-    context, pooled = parts.text.encode(
-        [*prompts, negative] if twice else prompts, clip_skip=clip_skip, emphasis=emphasis
-    )
-    context, pooled = context.to(weight), None if pooled is None else pooled.to(weight)
-    if twice and parts.zero_empty_negative and negative == "":
-        context[n:] = 0  # SDXL was trained so: no text is zeros, not the embedding of ""
-        if pooled is not None:
-            pooled[n:] = 0
     time_ids = None
-    if config.addition_in_dim is not None:
+    if config.addition_in_dim is not None:  # SDXL: original size, crop, target size
         height_width = (float(size[1]), float(size[0]))
         time_ids = torch.tensor([*height_width, 0.0, 0.0, *height_width], device=weight.device).expand(n, 6)
     w = torch.full((n,), guidance - 1.0, device=weight.device) if embedded else None
-    text = Conditioning(context[:n], None if pooled is None else pooled[:n], time_ids, w)
+
+    twice = not embedded and guidance > 1
+    texts = {*prompts, negative} if twice else set(prompts)
+    chunks = max(parts.text.chunks(text, emphasis=emphasis) for text in texts)
+    context, pooled = parts.text.encode(prompts, clip_skip=clip_skip, emphasis=emphasis, chunks=chunks)
+    pooled = None if pooled is None else pooled.to(weight)
+    text = Conditioning(context.to(weight), pooled, time_ids, w)
     if not twice:
         return text, None
-    no_pooled = None if pooled is None else pooled[n:].expand(n, -1)
-    return text, Conditioning(context[n:].expand(n, -1, -1), no_pooled, time_ids, None)
+    # The negative prompt is read to the text encoder's end, without CLIP skip, as diffusers does.
+    context, pooled = parts.text.encode([negative], emphasis=emphasis, chunks=chunks)
+    if parts.zero_empty_negative and negative == "":  # SDXL was trained so: no text is zeros, not the embedding of ""
+        context, pooled = torch.zeros_like(context), None if pooled is None else torch.zeros_like(pooled)
+    pooled = None if pooled is None else pooled.to(weight).expand(n, -1)
+    return text, Conditioning(context.to(weight).expand(n, -1, -1), pooled, time_ids)
 
 
 @torch.inference_mode()
@@ -199,7 +200,9 @@ def generate(parts: Parts, job: Job) -> Iterator[Step]:
     """The steps of a prepared request. The last step's x0 are the latents to decode."""
     for ev in job.sampler:
         step = job.sampler.send(job.evaluate(parts.unet, ev))
-        yield Step(step.index, step.t, step.x, step.x0, len(job.grid), parts)
+        last = step.index + 1 == len(job.grid)
+        # The reference decodes what the last update gave; DDIM may leave a little noise in it (set_alpha_to_one false).
+        yield Step(step.index, step.t, step.x, step.x if last else step.x0, len(job.grid), parts)
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from calotype.families import SD15, SD21, SDXL, SSD1B, family_of
 from calotype.nn.unet import UNetConfig
 from calotype.weights import configs, load
 from calotype.weights.files import read_json
-from conftest import write_text_encoder, write_tiny_vae, write_unet, write_vae
+from checkpoints import write_text_encoder, write_tiny_vae, write_unet, write_vae
 
 UNET = {"_class_name": "UNet2DConditionModel"}
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"

@@ -14,7 +14,7 @@ from calotype import cli
 from calotype.errors import ModelNotFoundError, UnsafeFileError
 from calotype.weights.detect import kind_of, looks_like
 from calotype.weights.inspect import inspect_model
-from conftest import write_tiny_vae
+from checkpoints import write_tiny_vae
 
 Copy = Callable[[Path], Path]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -158,6 +158,7 @@ def test_the_command_prints_facts(tiny_sd15_lcm: Path, capsys: pytest.CaptureFix
     assert err == ""
     assert "LCM with guidance embedding" in out
     assert "793,476 parameters, F32" in out
+    assert out.count("scheduler:") == 1
     assert out.rstrip().endswith("none")
 
 

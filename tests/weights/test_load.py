@@ -20,7 +20,7 @@ from calotype.errors import CalotypeWarning, CheckpointError, ModelNotFoundError
 from calotype.nn.tiny_vae import AutoencoderTiny
 from calotype.nn.unet import Conditioning
 from calotype.weights.load import load_parts, load_text_encoder, load_unet, load_vae
-from conftest import write_scheduler, write_tiny_vae
+from checkpoints import write_scheduler, write_tiny_vae
 
 Copy = Callable[[Path], Path]
 Rename = Callable[[str], str]
@@ -83,8 +83,7 @@ def test_two_text_encoders(tiny_sdxl: Path) -> None:
     assert out.shape == (2, 4, 8, 8)
 
 
-def test_the_teacher_of_the_shipped_model_is_no_special_case(tiny_sd15: Path, copy_of: Copy) -> None:
-    """The two spellings of today's transformers, and half precision, as one would find it on the Hub."""
+def test_files_in_half_precision_are_widened(tiny_sd15: Path, copy_of: Copy) -> None:
     folder = copy_of(tiny_sd15)
     for part in ("unet", "vae", "text_encoder"):
         rewrite(folder / part, lambda tensors: {name: tensor.half() for name, tensor in tensors.items()})

@@ -188,8 +188,8 @@ def lines(table: Table) -> list[str]:
     widths = [max(len(cells[i]) for cells in (head, *rows)) for i in range(len(head))]
     text = ["  ".join((c[0].ljust(widths[0]), *map(str.rjust, c[1:], widths[1:]))) for c in (head, *rows)]
     return [
-        f"{table.samples} prompts at guidance {table.guidance:g}, against the teacher's pictures in 50 DDIM steps"
-        f" ({table.teacher_seconds:.3f} s each)",
+        f"{table.samples} prompts at guidance {table.guidance:g}, against the teacher's pictures in"
+        f" {table.teacher_steps} DDIM steps ({table.teacher_seconds:.3f} s each)",
         "distance: unbiased kernel distance x 1000; by picture: mean feature distance to the same prompt's",
         "",
         *text,
@@ -204,6 +204,7 @@ def to_json(table: Table) -> dict[str, object]:
     return {
         "samples": table.samples,
         "guidance": table.guidance,
+        "teacher_steps": table.teacher_steps,
         "teacher_seconds": table.teacher_seconds,
         "rows": [row.to_json() for row in table.rows],
     }

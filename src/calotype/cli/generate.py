@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -156,7 +158,20 @@ def load(models: dict[str, Any], show: Report) -> tuple[Engine, float]:
 
     show("loading")
     start = time.perf_counter()
-    return calotype.load(**models), time.perf_counter() - start
+    with uncollected():
+        load_model = calotype.load  # imports torch
+    return load_model(**models), time.perf_counter() - start
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """What is imported stays to the end: the garbage collector need not walk it again and again, nor at the exit."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def develop(engine: Engine, request: Request, show: Report) -> Result:

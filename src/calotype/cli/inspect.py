@@ -47,7 +47,8 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
             facts = [f"{key} {value}" for key, value in report[name].items() if value is not None]
             yield row(name, ", ".join(facts))
     for name, part in report.get("parts", {}).items():
-        yield row(name, ", ".join(part_facts(part)))
+        if name not in report:  # the scheduler has a row already
+            yield row(name, ", ".join(part_facts(part)))
     problems = report["problems"]
     yield row("problems", len(problems) if problems else "none")
     yield from (f"  - {problem}" for problem in problems)

@@ -42,7 +42,7 @@ from calotype.weights.files import (
     variants,
 )
 from calotype.weights.names import Kind
-from calotype.weights.pipeline import read_defaults, read_pipeline
+from calotype.weights.pipeline import read_defaults, read_pipeline, repaired_schedule
 
 CPU = torch.device("cpu")
 Vae = AutoencoderKL | AutoencoderTiny
@@ -101,7 +101,8 @@ def load_parts(
     check_variant(folders, variant)
 
     # All configs first: they are cheap, and say whether the parts belong together.
-    schedule = NoiseSchedule.from_config(read_json(folders["scheduler"] / "scheduler_config.json"))
+    scheduler = read_json(folders["scheduler"] / "scheduler_config.json")
+    schedule = NoiseSchedule.from_config(repaired_schedule(pipeline, scheduler))
     unet_, vae_ = unet_on_meta(folders["unet"]), vae_on_meta(folders["vae"])
     encoders = [text_encoder_on_meta(folders[encoder]) for _, encoder in pipeline.text_parts]
     check_fit(unet_, vae_, encoders)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from calotype.errors import CheckpointError
 from calotype.families import LCM_GUIDANCE, LCM_GUIDANCE_RANGE, LCM_STEPS, PLAIN_LCM_GUIDANCE, Family
@@ -96,6 +97,15 @@ def _part_class(fields: Fields, part: str, entry: list[object]) -> str:
         flax = "; Flax weights cannot be read" if name.startswith("Flax") else ""
         raise fields.refuse(part, f"supported here are {', '.join(CLASSES[part])}{flax}")
     return name
+
+
+def repaired_schedule(pipeline: Pipeline, config: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's config as the pipeline takes it. Stable Diffusion's pipelines in diffusers overrule two fields that
+    early checkpoints had wrong: whatever the file says, a leading grid begins at 1 and x0 is not clipped.
+    """
+    if pipeline.kind.startswith("StableDiffusion") and "XL" not in pipeline.kind:
+        return {**config, "steps_offset": 1, "clip_sample": False}
+    return config
 
 
 def default_sampler(unet: UNetConfig, schedule: NoiseSchedule) -> str:

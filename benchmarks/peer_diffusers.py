@@ -1,0 +1,30 @@
+"""What cold_start.py compares calotype with: the same picture by diffusers, its leanest way.
+
+python benchmarks/peer_diffusers.py FOLDER OUT.png --prompt TEXT --steps N --guidance G --seed S
+"""
+
+import argparse
+
+import torch
+from diffusers import LatentConsistencyModelPipeline
+
+parser = argparse.ArgumentParser()
+parser.add_argument("folder")
+parser.add_argument("output")
+parser.add_argument("--prompt", required=True)
+parser.add_argument("--steps", type=int, required=True)
+parser.add_argument("--guidance", type=float, required=True)
+parser.add_argument("--seed", type=int, required=True)
+args = parser.parse_args()
+
+pipeline = LatentConsistencyModelPipeline.from_pretrained(
+    args.folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+)
+pipeline.set_progress_bar_config(disable=True)
+result = pipeline(
+    args.prompt,
+    num_inference_steps=args.steps,
+    guidance_scale=args.guidance,
+    generator=torch.Generator().manual_seed(args.seed),
+)
+result.images[0].save(args.output)

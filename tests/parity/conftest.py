@@ -1,0 +1,49 @@
+"""Models that both programs load, and a table of the worst errors at the end of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import topologies
+from reference import SHIPPED, Agreement, Pair
+
+RECORD = pytest.StashKey[dict[tuple[str, str], float]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RECORD] = {}
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+    """A topology's model, written and loaded once a session."""
+    made: dict[str, Pair] = {}
+
+    def pair(name: str) -> Pair:
+        if name not in made:
+            shipped = Path(str(files("calotype"))) / "models/icons"
+            folder = shipped if name == SHIPPED else topologies.write(name, tmp_path_factory.mktemp("parity") / name)
+            made[name] = Pair(name, folder)
+        return made[name]
+
+    return pair
+
+
+@pytest.fixture
+def agree(pytestconfig: pytest.Config) -> Agreement:
+    return Agreement(pytestconfig.stash[RECORD])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    record = config.stash[RECORD]
+    if not record:
+        return
+    models, kinds = (list(dict.fromkeys(column)) for column in zip(*record, strict=True))
+    terminalreporter.section("worst errors against diffusers (relative L2; share of values off by more than 1/255)")
+    terminalreporter.line(f"{'':16}" + "".join(f"{kind:>12}" for kind in kinds))
+    for model in models:
+        cells = (f"{record[model, kind]:12.1e}" if (model, kind) in record else f"{'-':>12}" for kind in kinds)
+        terminalreporter.line(f"{model:16}" + "".join(cells))
