@@ -17,7 +17,6 @@ from PIL import Image
 from measure import CALOTYPE, ROOT, SHIPPED, interleaved, ratio, report, verdict
 
 TARGET = 0.5  # of diffusers' time
-PROMPT = ["--prompt", "astronaut"]
 
 
 def main() -> None:
@@ -26,14 +25,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7)
     args = parser.parse_args()
     guidance = json.loads((args.folder / "calotype.json").read_text())["guidance"]
-    same = ["--steps", "4", "--seed", "0", "--guidance", str(guidance)]
+    same = ["astronaut", "--steps", "4", "--seed", "0", "--guidance", str(guidance)]
     with tempfile.TemporaryDirectory() as scratch:
         ours, theirs = Path(scratch, "calotype.png"), Path(scratch, "diffusers.png")
         peer = str(ROOT / "benchmarks/peer_diffusers.py")
         model = [] if args.folder == SHIPPED else ["--model", str(args.folder)]
         commands = {
-            "calotype": [CALOTYPE, "astronaut", *same, "-o", str(ours), *model],
-            "diffusers": [sys.executable, peer, str(args.folder), str(theirs), *PROMPT, *same],
+            "calotype": [CALOTYPE, *same, "-o", str(ours), *model],
+            "diffusers": [sys.executable, peer, str(args.folder), *same, "-o", str(theirs)],
             "python -c 'import torch'": [sys.executable, "-c", "import torch"],
         }
         results = interleaved(commands, args.runs)

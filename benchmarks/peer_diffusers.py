@@ -1,6 +1,6 @@
 """What cold_start.py compares calotype with: the same picture by diffusers, its leanest way.
 
-python benchmarks/peer_diffusers.py FOLDER OUT.png --prompt TEXT --steps N --guidance G --seed S
+python benchmarks/peer_diffusers.py FOLDER PROMPT -o OUT.png --steps N --guidance G --seed S
 """
 
 import argparse
@@ -10,8 +10,8 @@ from diffusers import LatentConsistencyModelPipeline
 
 parser = argparse.ArgumentParser()
 parser.add_argument("folder")
-parser.add_argument("output")
-parser.add_argument("--prompt", required=True)
+parser.add_argument("prompt")
+parser.add_argument("-o", dest="output", required=True)
 parser.add_argument("--steps", type=int, required=True)
 parser.add_argument("--guidance", type=float, required=True)
 parser.add_argument("--seed", type=int, required=True)

@@ -1,6 +1,6 @@
 """What each stage takes in a warm process, against diffusers' networks: the text, a step of the U-Net, the decoder.
 
-python benchmarks/steps.py [FOLDER] [--runs N]
+python benchmarks/steps.py [FOLDER] [--runs N] [--threads N ...]
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", nargs="?", type=Path, default=SHIPPED)
     parser.add_argument("--runs", type=int, default=21)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args()
     print(f"{'':8} {'threads':>8} {'calotype ms':>12} {'diffusers ms':>13} {'ratio':>7} {'difference':>11}")
     with torch.inference_mode():
         pairs = stages(args.folder)
-        for threads in (1, 2):
+        for threads in args.threads:
             torch.set_num_threads(threads)
             for name, (ours, theirs) in pairs.items():
                 difference = (ours() - theirs()).norm() / theirs().norm()  # also warms both up

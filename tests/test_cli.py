@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import calotype
 from calotype.cli import COMMANDS, destination, main, parse, report
+from calotype.cli.generate import uncollected
 from calotype.errors import CalotypeWarning, CheckpointError, ModelNotFoundError, OutputError, UsageError
 from calotype.images import METADATA_KEY, read_metadata, save_png
 from calotype.request import Request
@@ -482,6 +484,15 @@ def test_a_full_disk_under_stdout_is_an_error(loader: Loader, tmp_path: Path) ->
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=tmp_path, timeout=60, check=False)
     assert done.returncode == 1
     assert re.fullmatch(rb"error: [^\n]*No space left[^\n]*\n\nhint: [^\n]+\n", done.stderr)
+
+
+def test_what_is_imported_is_left_to_itself_by_the_garbage_collector() -> None:
+    gc.unfreeze()
+    with uncollected():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 10_000
+    gc.unfreeze()
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

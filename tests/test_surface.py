@@ -32,8 +32,8 @@ OPTIONS = {
     "inspect": "model --json --revision --offline --debug",
     "distill": """
         teacher data --output -o --max-train-steps --train-batch-size --learning-rate --lr-scheduler --lr-warmup-steps
-        --resolution --seed --w-min --w-max --skipping-step --ema-decay --huber-c --mixed-precision --checkpointing-steps --resume
-        --device --offline --quiet -q --debug
+        --resolution --seed --w-min --w-max --skipping-step --ema-decay --huber-c --mixed-precision
+        --checkpointing-steps --resume --device --offline --quiet -q --debug
     """,
     "eval": """
         model --teacher --teacher-unet --prompts --samples --steps --guidance --batch --cache --output -o --seed

@@ -9,7 +9,7 @@ import pytest
 import topologies
 import torch
 from reference import NETWORK, SHIPPED, Agreement, Pair
-from torch import Tensor
+from torch import Tensor, nn
 
 from calotype.nn.unet import Conditioning
 
@@ -40,6 +40,22 @@ def test_text(pair: Pair, agree: Agreement, clip_skip: int | None) -> None:
     assert (pooled is not None) == (len(found) == 4)
     if pooled is not None:
         agree.tensors(pair.name, "text", pooled, found[2], NETWORK)
+
+
+def test_norms(pair: Pair) -> None:
+    """Their groups and epsilons, which are too small to show in the numbers below."""
+    parts, pipeline = pair.engine.parts, pair.pipeline
+    encoders = zip(parts.text.models, (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)), strict=False)
+    for ours, theirs in ((parts.unet, pipeline.unet), (parts.vae, pipeline.vae), *encoders):
+        wanted, made = norms(theirs), norms(ours)
+        assert len(made) > 6
+        assert made == wanted
+
+
+def norms(network: nn.Module) -> dict[str, tuple[int, float]]:
+    found = {name: each for name, each in network.named_modules() if isinstance(each, nn.GroupNorm | nn.LayerNorm)}
+    groups = {name: getattr(each, "num_groups", 1) for name, each in found.items()}
+    return {name.removeprefix("text_model."): (groups[name], each.eps) for name, each in found.items()}
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

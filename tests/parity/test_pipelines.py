@@ -89,6 +89,7 @@ NEGATIVE = {"negative_prompt": "dog, cat"}
 BASES = {
     "ddim": Base("sd21", "DDIM", config=V),
     "ddim, negative": Base("sd21", "DDIM", config=V, request=NEGATIVE),
+    "ddim, negative, clip skip": Base("sd21", "DDIM", config=V, request=NEGATIVE | {"clip_skip": 1}),
     "ddim, no guidance": Base("sd21", "DDIM", 1.0, config=V),
     "ddim, trailing, zero SNR": Base("sd21", "DDIM", config=V | TRAILING | {"rescale_betas_zero_snr": True}),
     "euler, trailing": Base("sd21", "EulerDiscrete", config=V | TRAILING),
