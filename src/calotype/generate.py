@@ -57,11 +57,22 @@ class Job:
         request = self.request
         scale = 1.0 if request.guidance is None else request.guidance
         guided_here = request.guidance_steps is None or ev.index < request.guidance_steps
-        if self.negative is None or not guided_here:
-            return unet(ev.x, ev.t, self.conditioning)
-        both = Conditioning.cat([self.negative, self.conditioning])
-        uncond, cond = unet(torch.cat([ev.x, ev.x]), torch.cat([ev.t, ev.t]), both).chunk(2)
-        return guided(cond, uncond, scale)
+        return run_guided(unet, ev, self.conditioning, self.negative if guided_here else None, scale)
+
+
+def run_guided(
+    unet: Callable[[Tensor, Tensor, Conditioning], Tensor],
+    ev: Eval,
+    conditioning: Conditioning,
+    negative: Conditioning | None,
+    scale: float,
+) -> Tensor:
+    """The network's output for an Eval, guided away from `negative`, if there is one, by a batch of twice the size."""
+    if negative is None:
+        return unet(ev.x, ev.t, conditioning)
+    both = Conditioning.cat([negative, conditioning])
+    uncond, cond = unet(torch.cat([ev.x, ev.x]), torch.cat([ev.t, ev.t]), both).chunk(2)
+    return guided(cond, uncond, scale)
 
 
 def resolve(parts: Parts, request: Request) -> Request:

@@ -47,14 +47,19 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture.contiguous().numpy()) for picture in pixels]
 
 
+def on_white(image: Image.Image) -> Image.Image:
+    """The picture in RGB, what is transparent being white."""
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*PAPER, 255)), rgba)
+    return image.convert("RGB")
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """The picture as float32 (1, 3, H, W) in [-1, 1]. What is transparent becomes white."""
     import torch
 
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*PAPER, 255)), rgba)
-    image = image.convert("RGB")
+    image = on_white(image)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
     return 2 * (pixels.permute(2, 0, 1)[None].float() / 255) - 1
 

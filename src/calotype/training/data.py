@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calotype.errors import CheckpointError, UsageError
-from calotype.images import to_tensor
+from calotype.images import on_white, to_tensor
 from calotype.parts import Parts
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -95,11 +95,9 @@ def load_picture(path: Path, resolution: int) -> Image.Image:
     """A square RGB picture: transparency on white, the shorter side scaled to `resolution`, the centre cut out."""
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as file:
-            picture = file.convert("RGBA")
+            picture = on_white(file)
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise UsageError(f"{path} cannot be read as a picture: {error}", hint="remove it, or save it anew") from error
-    white = Image.new("RGBA", picture.size, "white")
-    picture = Image.alpha_composite(white, picture).convert("RGB")
     scale = resolution / min(picture.size)
     if scale != 1:
         size = (max(resolution, round(picture.width * scale)), max(resolution, round(picture.height * scale)))

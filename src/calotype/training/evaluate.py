@@ -20,10 +20,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from calotype.errors import OutputError, UsageError
-from calotype.generate import condition
-from calotype.nn.unet import Conditioning
+from calotype.generate import condition, run_guided
 from calotype.parts import Parts
-from calotype.sampling import SAMPLERS, draw_noise, draws_needed, grid_for, guided
+from calotype.sampling import SAMPLERS, draw_noise, draws_needed, grid_for
 from calotype.training.distance import Estimate, kid, paired_distance
 from calotype.training.features import FeatureNet, features, load_features
 
@@ -74,16 +73,9 @@ def draw(
     shape = (vae.latent_channels, parts.defaults.height // vae.downscale, parts.defaults.width // vae.downscale)
     noise = [each.to(weight) for each in draw_noise(seeds, shape, draws_needed(sampler, len(grid)))]
     text, empty = condition(parts, prompts, "", guidance, (parts.defaults.width, parts.defaults.height))
-
-    def network(x: Tensor, t: Tensor) -> Tensor:
-        if empty is None:
-            return parts.unet(x, t, text)  # type: ignore[no-any-return]
-        out = parts.unet(torch.cat([x, x]), torch.cat([t, t]), Conditioning.cat([text, empty]))
-        return guided(out[: len(x)], out[len(x) :], guidance)
-
     steps = SAMPLERS[sampler](parts.schedule, grid, noise)
     for ev in steps:
-        latents = steps.send(network(ev.x, ev.t)).x
+        latents = steps.send(run_guided(parts.unet, ev, text, empty, guidance)).x
     latents = latents / vae.scaling_factor + vae.shift_factor
     pixels = parts.vae.decode(latents.to(next(parts.vae.parameters()).dtype))
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8).contiguous()
