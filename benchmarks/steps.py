@@ -16,7 +16,7 @@ from diffusers import LatentConsistencyModelPipeline
 from torch import Tensor
 
 import calotype
-from calotype.generate import condition
+from calotype.prepare import condition
 from measure import SHIPPED, ratio
 
 GUIDANCE = 4.0

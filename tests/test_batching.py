@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 import calotype
-from calotype.generate import Job, decode, prepare
+from calotype.generate import Job
+from calotype.latents import decode
 from calotype.nn.unet import Conditioning
 from calotype.parts import Parts
+from calotype.prepare import prepare
 from calotype.request import Request
 from calotype.sampling import Eval
 

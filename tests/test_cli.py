@@ -27,7 +27,7 @@ from calotype.cli import COMMANDS, destination, main, parse, report
 from calotype.cli.generate import uncollected
 from calotype.errors import CalotypeWarning, CheckpointError, ModelNotFoundError, OutputError, UsageError
 from calotype.images import METADATA_KEY, read_metadata, save_png
-from calotype.request import Request
+from calotype.request import Control, Request
 
 DEFAULTS = {"steps": 4, "guidance": 4.0, "seed": 7, "width": 16, "height": 16, "sampler": "lcm"}
 
@@ -47,8 +47,14 @@ class FakeResult:
     model: dict[str, Any]
 
     def metadata(self, index: int) -> dict[str, Any]:
-        request = self.request.to_json()
+        request = self.request.to_json(pictures=False)
         return {"calotype": calotype.__version__, "request": request, "index": index, "model": self.model}
+
+    def save_one(self, index: int, path: Path) -> Path:
+        if self.request.frames is None:
+            return save_png(self.images[index], path, self.metadata(index))
+        path.write_text(json.dumps(self.metadata(index)))  # stands for a clip
+        return path
 
 
 class FakeEngine:
@@ -58,6 +64,23 @@ class FakeEngine:
         self.arguments = arguments
         self.requests: list[Request] = []
         self.at_step: Callable[[int], None] = lambda index: None
+        self.added: dict[str, Any] = {}  # what describe says of adapters
+
+    def set_motion(self, ref: str) -> None:
+        self.added["motion"] = ref
+
+    def add_lora(self, ref: str, name: str, weight_name: str | None) -> None:
+        self.added.setdefault("loras", {})[name] = {"ref": ref, "weight_name": weight_name, "scale": 1.0}
+
+    def set_loras(self, mix: dict[str, float]) -> None:
+        for name, scale in mix.items():
+            self.added["loras"][name]["scale"] = scale
+
+    def add_embedding(self, ref: str, token: str) -> None:
+        self.added.setdefault("embeddings", {})[token] = ref
+
+    def add_control(self, ref: str, name: str) -> None:
+        self.added.setdefault("controls", {})[name] = ref
 
     def resolve(self, request: Request) -> Request:
         defaults = DEFAULTS if request.timesteps is None else {**DEFAULTS, "steps": len(request.timesteps)}
@@ -82,6 +105,7 @@ class FakeEngine:
             "dtype": "float32",
             "device": "cpu",
             "family": "sd15",
+            **self.added,
         }
 
 
@@ -160,6 +184,71 @@ def test_an_option_left_out_is_not_passed_and_zero_is(loader: Loader) -> None:
     assert loader.engines[-1].arguments == {}
     assert (loader.request.prompt, loader.request.seed) == ("", 0)
     assert list(loader.request.timesteps or ()) == [999, 499]
+
+
+def test_pictures_and_adapters_reach_them_too(loader: Loader, tmp_path: Path) -> None:
+    photo, mask = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "white")
+    photo.save("photo.png")
+    mask.save("mask.png")
+    task = "--image photo.png --mask mask.png --strength 0.5 --mask-feather 2 --mask-crop 3 --resize pad"
+    rest = "--sampler tcd --gamma 0.1 --guidance-mode once --steps 2 --guidance 1 --size 16x16"
+    extras = "--lora styles/paper:0.8 --lora lcm --lora other/lcm:-1 --motion M --control canny=photo.png:0.5"
+    extras += " --embedding e/cat.safetensors --embedding e/x=toy"
+    assert (
+        main(["a fox", "--seed", "1", *task.split(), *rest.split(), *extras.split(), "--control", "canny=mask.png"])
+        == 0
+    )
+    assert loader.request == Request(
+        prompt="a fox", seed=1, image=photo, mask=mask, strength=0.5, mask_feather=2, mask_crop=3, resize="pad",
+        sampler="tcd", gamma=0.1, guidance_mode="once", steps=2, guidance=1.0, width=16, height=16,
+        controls=(Control("canny", photo, 0.5), Control("canny", mask)),
+    )  # fmt: skip
+    described = {
+        "loras": {
+            "paper": {"ref": "styles/paper", "weight_name": None, "scale": 0.8},
+            "lcm": {"ref": "lcm", "weight_name": None, "scale": 1.0},
+            "lcm-2": {"ref": "other/lcm", "weight_name": None, "scale": -1.0},
+        },
+        "controls": {"canny": "canny"},
+        "embeddings": {"cat": "e/cat.safetensors", "toy": "e/x"},
+        "motion": "M",
+    }
+    assert loader.engines[-1].added == described
+
+    (made,) = tmp_path.glob("a-fox-1.png")
+    assert main(["--like", str(made)]) == 2, "the pictures are not in the file"
+    pictures = [
+        "--image",
+        "photo.png",
+        "--mask",
+        "mask.png",
+        "--control",
+        "canny=photo.png:0.5",
+        "--control",
+        "canny=mask.png",
+    ]
+    assert main(["--like", str(made), *pictures]) == 0
+    assert loader.request.strength == 0.5
+    assert loader.engines[-1].added == described
+
+
+def test_clips(loader: Loader, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["a fox", "--motion", "M", "--frames", "4", "--fps", "10", "--seed", "3"]) == 0
+    assert (loader.request.frames, loader.request.fps) == (4, 10)
+    assert capsys.readouterr().out == "a-fox-3.gif\n"
+    assert main(["a fox", "--motion", "M", "--frames", "4", "-o", "fox.webp"]) == 0
+    assert (tmp_path / "fox.webp").exists()
+    assert main(["a fox", "--frames", "4", "-o", "fox.png"]) == 2
+    assert "must end in .gif or .webp or .mp4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["canny", "=photo.png", "canny="])
+def test_a_control_without_its_picture_is_refused(
+    text: str, loader: Loader, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["a fox", "--control", text]) == 2
+    assert "--control must be REF=IMAGE" in capsys.readouterr().err
+    assert loader.engines == []
 
 
 def test_a_prompt_from_stdin(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 
 import calotype
-from calotype import generate
+from calotype import latents
 from calotype.errors import CalotypeError, CalotypeWarning, UsageError
 from calotype.images import read_metadata
+from calotype.latents import decode
+from calotype.prepare import prepare
 from calotype.request import Request
 from checkpoints import write_unet
 
@@ -143,7 +145,8 @@ def test_a_result(lcm: calotype.Engine, tiny_sd15_lcm: Path) -> None:
     assert (result.image.mode, result.image.size) == ("RGB", (64, 64))
     assert result.request == lcm.resolve(Request("a fox", steps=2, seed=1, n=2))
     stages = ("prepare", "denoise", "decode")
-    assert set(result.timings) == {*stages, "total"}
+    assert set(result.timings) == {*stages, "total", "evaluations"}
+    assert result.timings["evaluations"] == 2
     assert all(seconds > 0 for seconds in result.timings.values())
     assert result.timings["total"] == pytest.approx(sum(result.timings[stage] for stage in stages))
     assert result.model == {
@@ -152,6 +155,7 @@ def test_a_result(lcm: calotype.Engine, tiny_sd15_lcm: Path) -> None:
         "vae": None,
         "variant": None,
         "revision": None,
+        "prediction": None,
         "device": "cpu",
         "dtype": "float32",
         "family": "custom",
@@ -306,10 +310,10 @@ def test_long_prompts_are_read_to_the_end(model: str, request: pytest.FixtureReq
     engine: calotype.Engine = request.getfixturevalue(model)
     short, long = "a red fox in the snow " * 12, "a red fox in the snow " * 60
     fields: dict[str, Any] = {"steps": 2, "seed": 1, "guidance": 5.0}
-    job = generate.prepare(engine.parts, engine.resolve(Request(long, **fields)))
+    job = prepare(engine.parts, engine.resolve(Request(long, **fields)))
     chunks = engine.parts.text.chunks(long)
     assert chunks == 5
-    for conditioning in (job.conditioning, job.negative):
+    for conditioning in (job.conditioning, job.guidance.negative):
         assert conditioning is None or conditioning.context.shape[1] == 77 * chunks
     made = [engine(prompt, **fields).image for prompt in (short, long, long + "dog")]
     assert apart(made[0], made[1]) > 0.05
@@ -339,9 +343,9 @@ def test_decoding_takes_no_more_memory_for_more_pictures(lcm: calotype.Engine, m
 
     monkeypatch.setattr(lcm.parts.vae, "decode", counted)
     made = [lcm("a fox", steps=1, seed=1, n=5)]
-    monkeypatch.setattr(generate, "DECODE_PIXELS", 2 * 64 * 64 + 1)
+    monkeypatch.setattr(latents, "DECODE_PIXELS", 2 * 64 * 64 + 1)
     made.append(lcm("a fox", steps=1, seed=1, n=5))
-    monkeypatch.setattr(generate, "DECODE_PIXELS", 1)  # even one is larger: one at a time
+    monkeypatch.setattr(latents, "DECODE_PIXELS", 1)  # even one is larger: one at a time
     made.append(lcm("a fox", steps=1, seed=1, n=5))
     assert decoded == [5, 2, 2, 1, 1, 1, 1, 1, 1]
     for one in made[1:]:
@@ -352,8 +356,8 @@ def test_streams_of_one_engine_interleave(lcm: calotype.Engine) -> None:
     requests = [Request("a fox", steps=3, seed=1), Request("snow", steps=3, seed=2, n=2, width=48)]
     serial = [lcm(request) for request in requests]
     finals = [steps[-1].x0 for steps in zip(*(zip(*map(lcm.stream, requests), strict=True)), strict=True)]
-    for latents, result in zip(finals, serial, strict=True):
-        images = generate.decode(lcm.parts, latents)
+    for x0, result in zip(finals, serial, strict=True):
+        images = decode(lcm.parts, x0)
         assert [image.tobytes() for image in images] == [image.tobytes() for image in result.images]
 
 

@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from calotype.errors import UsageError
-from calotype.request import Request
+from calotype.request import Control, Request
+
+RED, WIDE = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (16, 8))
 
 
 def test_defaults() -> None:
@@ -51,6 +54,13 @@ GOOD: list[dict[str, Any]] = [
     {"seed": 2**63 - 1},
     {"seed": 2**63 - 64, "n": 64},
     {"n": 64},
+    {"sampler": "tcd", "gamma": 0},
+    {"image": RED},
+    {"image": RED, "strength": 1, "mask": RED, "mask_feather": 3, "mask_crop": 0},
+    {"image": (RED, RED), "frames": 2, "strength": 0.3},
+    {"frames": 16, "n": 2, "fps": 60},
+    {"frames": 2, "controls": (Control("canny", (RED, RED), scale=0, start=0.25, end=0.5),)},
+    {"guidance_mode": "once", "resize": "pad"},
     {"width": 8, "height": 8192},
     {"width": 8192},
     {"width": 4096, "height": 4096},
@@ -156,7 +166,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"height": True}, "height is True", ""),
     ({"width": 8192, "height": 8192}, "8192x8192: must be at most 16777216 pixels", "height of at most 2048"),
     ({"width": 4096, "height": 4104}, "4096x4104: must be at most", "height of at most 4096"),
-    ({"sampler": "LCM"}, "sampler is 'LCM': must be one of lcm, ddim, euler", ""),
+    ({"sampler": "LCM"}, "sampler is 'LCM': must be one of lcm, tcd, ddim, euler", ""),
     ({"sampler": "eular"}, "sampler is 'eular'", "did you mean euler?"),
     ({"sampler": ""}, "sampler is ''", ""),
     ({"sampler": 3}, "sampler is 3", ""),
@@ -182,6 +192,38 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"emphasis": 1}, "emphasis is 1: must be true or false", ""),
     ({"emphasis": None}, "emphasis is None", ""),
     ({"emphasis": "yes"}, "emphasis is 'yes'", ""),
+    ({"gamma": 1.5}, "gamma is 1.5: must be a number between 0 and 1", ""),
+    ({"gamma": math.nan}, "gamma is nan", ""),
+    ({"guidance_mode": "one"}, "guidance_mode is 'one': must be one of full, once", "did you mean once?"),
+    ({"resize": "fit"}, "resize is 'fit': must be one of stretch, crop, pad", ""),
+    ({"frames": 0}, "frames is 0: must be a whole number between 1 and 512", ""),
+    ({"frames": 300, "n": 2}, "frames is 300: must be a whole number between 1 and 256", ""),
+    ({"fps": 0}, "fps is 0", ""),
+    ({"image": "photo.png"}, "image is 'photo.png': must be a data URI", "data:image/png"),
+    ({"image": "data:image/png;base64,####"}, "image is a data URI that is not base64", ""),
+    ({"image": "data:image/png;base64,AAAA"}, "picture", ""),
+    ({"image": 3}, "image is of type int: must be a picture", "open_image"),
+    ({"image": []}, "image is a list of 0 pictures", ""),
+    ({"image": [RED, RED]}, "image has 2 pictures and no frames are asked for", "frames=2"),
+    ({"image": [RED, RED], "frames": 3}, "image has 2 pictures and 3 frames are asked for", "frames=2"),
+    ({"image": [RED, WIDE], "frames": 2}, "image has pictures of different sizes", ""),
+    ({"strength": 0.5}, "there is a strength but no image", "give the picture"),
+    ({"mask": RED}, "there is a mask but no image", "give the picture"),
+    ({"image": RED, "strength": 0}, "strength is 0: must be above 0", "nothing would be painted"),
+    ({"image": RED, "strength": 1.1}, "strength is 1.1: must be a number between 0 and 1", ""),
+    ({"image": RED, "mask": WIDE}, "the mask is 16x8 and the image 8x8: must be equal", "resize"),
+    ({"image": RED, "mask": [RED]}, "mask is a list of pictures", ""),
+    ({"image": RED, "mask_feather": 4}, "there is a mask_feather but no mask", "white"),
+    ({"image": RED, "mask_crop": 4}, "there is a mask_crop but no mask", "white"),
+    ({"image": [RED], "frames": 1, "mask": RED, "mask_crop": 4}, "mask_crop works on one picture", ""),
+    ({"controls": RED}, "controls is <PIL", ""),
+    ({"controls": ["canny"]}, "controls has 'canny': must be a Control", ""),
+    ({"controls": [{"name": "", "image": RED}]}, "a control's name is ''", ""),
+    ({"controls": [{"name": "canny", "image": None}]}, "control 'canny': image is of type NoneType", ""),
+    ({"controls": [{"name": "canny", "image": RED, "scale": -1}]}, "control 'canny': scale is -1", ""),
+    ({"controls": [{"name": "c", "image": RED, "start": 0.5, "end": 0.5}]}, "start is 0.5 and end 0.5", ""),
+    ({"controls": [Control("c", [RED, RED])]}, "control 'c' has 2 pictures and no frames", "frames=2"),
+    ({"controls": [Control("c", RED)] * 17}, "there are 17 controls: must be at most 16", ""),
 ]
 
 
@@ -206,6 +248,28 @@ def test_replace_checks_again() -> None:
 
 
 # ---- JSON ----
+
+
+def test_pictures_go_through_json_pixel_by_pixel() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    picture, mask = Image.fromarray(noise), Image.new("L", (8, 8), 200)
+    request = Request("a fox", image=[picture] * 2, mask=mask, frames=2, controls=[Control("canny", picture, 0.5)])
+    back = Request.from_json(json.loads(json.dumps(request.to_json())))
+    assert isinstance(back.image, tuple)
+    assert all(np.array_equal(each, noise) for each in back.image)
+    assert np.array_equal(back.mask.convert("L"), mask)  # type: ignore[union-attr]
+    assert (back.controls[0].name, back.controls[0].scale) == ("canny", 0.5)
+    assert np.array_equal(back.controls[0].image, noise)
+
+
+def test_without_pictures_json_tells_them_apart_and_asks_for_them() -> None:
+    short = Request("a fox", image=RED, controls=[Control("c", WIDE)]).to_json(pictures=False)
+    assert short["image"].startswith("sha256:")
+    assert short["image"] != short["controls"][0]["image"]
+    assert len(json.dumps(short)) < 400
+    with pytest.raises(UsageError, match="image was a picture that is not in the file"):
+        Request.from_json({**short, "controls": []})
+    assert Request.from_json({**short, "image": RED, "controls": []}).image is RED
 
 
 def test_to_json_leaves_out_defaults() -> None:

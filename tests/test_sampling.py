@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calotype.errors import UsageError
-from calotype.sampling import SAMPLERS, Eval, Step, draw_noise, draws_needed, grid_for, guided
+from calotype.sampling import SAMPLERS, Eval, Source, Step, draw_noise, draws_needed, grid_for, guided, tcd
 from calotype.schedule import NoiseSchedule
 
 LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -148,7 +148,8 @@ def test_samplers_alternate_and_say_where_they_are(name: str) -> None:
         seen.append((ev.index, before.index, ev.t[0].item()))
     assert seen == [(i, i, grid[i]) for i in range(3)]
     assert before is not None
-    torch.testing.assert_close(before.x, before.x0, rtol=0, atol=0)
+    if name != "tcd":  # which arrives at timestep 0, a trace of noise above the clean latents
+        torch.testing.assert_close(before.x, before.x0, rtol=0, atol=0)
 
 
 def test_eulers_timesteps_may_lie_between_whole_ones() -> None:
@@ -278,12 +279,87 @@ def test_grid_for() -> None:
     with pytest.raises(UsageError, match="has 1000"):
         grid_for("lcm", levels, 1, timesteps=[1000])
     for function in (lambda: grid_for("heun", levels, 4), lambda: draws_needed("heun", 4)):
-        with pytest.raises(UsageError, match="sampler is 'heun': allowed are lcm, ddim, euler"):
+        with pytest.raises(UsageError, match="sampler is 'heun': allowed are lcm, tcd, ddim, euler"):
             function()
 
 
 def test_draws_needed() -> None:
-    assert {name: draws_needed(name, 4) for name in SAMPLERS} == {"lcm": 4, "ddim": 1, "euler": 1}
+    assert {name: draws_needed(name, 4) for name in SAMPLERS} == {"lcm": 4, "tcd": 4, "ddim": 1, "euler": 1}
+    assert draws_needed("tcd", 4, gamma=0.0) == 1
+
+
+def test_tcd_by_hand() -> None:
+    """Algorithm 4 of arXiv 2402.19159 for two steps, with the rounding of the released sampler."""
+    levels, gamma = schedule("LCMScheduler"), 0.3
+    x, z = draw_noise([3], (4, 3, 3), 2)
+    steps = []
+    sampler = tcd(levels, [999, 499], [x, z], gamma=gamma)
+    for ev in sampler:
+        steps.append(sampler.send(wavy(ev.x, ev.t)))
+    for t, after, step in zip((999, 499), (499, 0), steps, strict=True):
+        out = wavy(x, torch.tensor([t]))
+        x0 = (x - levels.sigma[t] * out) / levels.alpha[t]
+        s = int((1 - gamma) * after)
+        x = levels.alpha[s] * x0 + levels.sigma[s] * out
+        if after:
+            ratio = levels.alpha[after] / levels.alpha[s]
+            x = ratio * x + (1 - ratio**2).sqrt() * z
+        torch.testing.assert_close(step.x, x)
+        torch.testing.assert_close(step.x0, x0)
+
+
+# ---- a picture to start from ----
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_what_the_mask_keeps_comes_back(name: str) -> None:
+    """Outside the mask each step holds the picture under the first noise at the next level, and is clean at the end."""
+    levels = schedule(timestep_spacing="trailing")
+    noise, kept = draw_noise([0, 1], (4, 6, 6), 4), torch.randn(2, 4, 6, 6, generator=torch.manual_seed(0))
+    mask = torch.zeros(1, 1, 6, 6)
+    mask[..., :3, :] = 1
+    grid = grid_for(name, levels, 4)
+    sampler = SAMPLERS[name](levels, grid, noise, Source(kept, mask, noised=False))
+    steps = []
+    for ev in sampler:
+        steps.append(sampler.send(wavy(ev.x, ev.t)))
+    below = [step.x[..., 3:, :] for step in steps]
+    if name != "euler":  # whose levels lie between timesteps
+        for x, t in zip(below, grid[1:], strict=False):
+            wanted = levels.alpha[int(t)] * kept + levels.sigma[int(t)] * noise[0]
+            torch.testing.assert_close(x, wanted[..., 3:, :])
+    assert torch.equal(below[-1], kept[..., 3:, :])
+    assert not torch.equal(steps[-1].x[..., :3, :], kept[..., :3, :])
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_an_all_white_mask_is_none_and_a_picture_begins_under_noise(name: str) -> None:
+    levels = schedule(timestep_spacing="trailing")
+    noise, picture = draw_noise([0], (4, 6, 6), 3), torch.randn(1, 4, 6, 6, generator=torch.manual_seed(0))
+    grid = grid_for(name, levels, 3, strength=0.5)
+
+    def last(source: Source | None) -> Tensor:
+        sampler = SAMPLERS[name](levels, grid, noise, source)
+        for ev in sampler:
+            step = sampler.send(wavy(ev.x, ev.t))
+        return step.x
+
+    assert torch.equal(last(Source(picture, torch.ones(1, 1, 6, 6), noised=False)), last(None))
+    first = next(SAMPLERS[name](levels, grid, noise, Source(picture)))
+    at = int(grid[0])
+    torch.testing.assert_close(first.x, levels.alpha[at] * picture + levels.sigma[at] * noise[0])
+
+
+def test_strength_spreads_all_steps_over_the_less_noisy_share() -> None:
+    levels = schedule(timestep_spacing="trailing")
+    assert grid_for("lcm", levels, 4, strength=0.5) == [499, 379, 259, 139]
+    assert grid_for("tcd", levels, 4, strength=0.5) == [499, 379, 259, 139]
+    assert grid_for("ddim", levels, 4, strength=0.5) == [499, 374, 249, 124]
+    assert grid_for("euler", levels, 2, strength=0.1) == [99.0, 49.0]
+    with pytest.raises(UsageError, match="steps is 6: allowed are 1 to 5"):
+        grid_for("lcm", levels, 6, strength=0.1)
+    with pytest.raises(UsageError, match="steps is 2: allowed are 1 to 1"):
+        grid_for("ddim", levels, 2, strength=0.001)
 
 
 # ---- noise and guidance ----

@@ -17,23 +17,26 @@ from calotype import cli
 ROOT = Path(__file__).resolve().parent.parent
 
 NAMES = """
-    load Engine Request Result Step distill
+    load Engine Request Control Result Step distill canny open_image
     CalotypeError UsageError ModelNotFoundError CheckpointError UnsafeFileError OutputError CalotypeWarning
     __version__
 """
 
 OPTIONS = {
     "generate": """
-        prompt --output -o --model --unet --vae --variant --revision --steps --guidance --guidance-steps --seed --size
-        -n --negative --sampler --timesteps --clip-skip --emphasis --no-emphasis --like --device --dtype --offline
-        --json --quiet -q --debug
+        prompt --output -o --model --unet --vae --variant --revision --prediction --steps --guidance
+        --guidance-steps --seed --size -n --negative --image --strength --mask --mask-feather --mask-crop
+        --resize --lora --control --embedding --motion --frames --fps --sampler --gamma --guidance-mode
+        --timesteps --clip-skip --emphasis --no-emphasis --like --device --dtype --offline --json --quiet -q
+        --debug
     """,
     "show": "file --json --debug",
     "inspect": "model --json --revision --offline --debug",
+    "convert": "model output --dtype --half --force --prediction --variant --revision --offline --debug",
     "distill": """
-        teacher data --output -o --max-train-steps --train-batch-size --learning-rate --lr-scheduler --lr-warmup-steps
-        --resolution --seed --w-min --w-max --skipping-step --ema-decay --huber-c --mixed-precision
-        --checkpointing-steps --resume --device --offline --quiet -q --debug
+        teacher data --output -o --student --max-train-steps --train-batch-size --learning-rate --lr-scheduler
+        --lr-warmup-steps --resolution --seed --w-min --w-max --skipping-step --solver-substeps --timestep-power
+        --ema-decay --huber-c --mixed-precision --checkpointing-steps --resume --device --offline --quiet -q --debug
     """,
     "eval": """
         model --teacher --teacher-unet --prompts --samples --steps --guidance --batch --cache --output -o --seed

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
         UnsafeFileError,
         UsageError,
     )
-    from calotype.request import Request
+    from calotype.images import canny, open_image
+    from calotype.request import Control, Request
     from calotype.training.trainer import distill
 
     __version__: str
@@ -36,6 +37,9 @@ _HOME = {
     "Result": "calotype.engine",
     "Step": "calotype.engine",
     "Request": "calotype.request",
+    "Control": "calotype.request",
+    "canny": "calotype.images",
+    "open_image": "calotype.images",
     "distill": "calotype.training.trainer",
     "CalotypeError": "calotype.errors",
     "UsageError": "calotype.errors",
@@ -50,6 +54,7 @@ __all__ = [
     "CalotypeError",
     "CalotypeWarning",
     "CheckpointError",
+    "Control",
     "Engine",
     "ModelNotFoundError",
     "OutputError",
@@ -59,8 +64,10 @@ __all__ = [
     "UnsafeFileError",
     "UsageError",
     "__version__",
+    "canny",
     "distill",
     "load",
+    "open_image",
 ]
 
 

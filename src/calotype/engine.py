@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,18 @@ import torch
 from PIL import Image
 
 from calotype.errors import UsageError
-from calotype.generate import Step, decode, generate, prepare, resolve, seeds
+from calotype.generate import Step, develop, generate
 from calotype.images import save_png
-from calotype.parts import Parts
+from calotype.lora import Stack, load_lora
+from calotype.nn import motion
+from calotype.parts import Motion, Parts, Stored
+from calotype.prepare import prepare, resolve, seeds
 from calotype.request import Request
+from calotype.schedule import NoiseSchedule
+from calotype.text import inversion
+from calotype.weights.control import load_control
 from calotype.weights.load import load_parts
+from calotype.weights.motion import load_motion, read_motion, resolve_motion, with_betas
 
 __all__ = ["Engine", "Result", "Step", "load"]
 
@@ -27,10 +35,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Result:
     """The pictures of a request, and what it takes to repeat them."""
 
-    images: list[Image.Image]
-    seeds: list[int]  # of each picture
+    images: list[Image.Image]  # of clips: all frames, clip after clip
+    seeds: list[int]  # of each picture or clip
     request: Request  # with every default filled in
-    timings: dict[str, float]  # seconds of each stage: prepare (text and noise), denoise, decode, total
+    timings: dict[str, float]  # seconds of each stage: prepare, denoise, decode, total; and how many `evaluations`
     model: dict[str, Any]  # engine.describe()
 
     @property
@@ -38,37 +46,58 @@ class Result:
         """The first picture."""
         return self.images[0]
 
+    @property
+    def frames(self) -> list[Image.Image]:
+        """The frames of the first clip; of a request without frames, its first picture alone."""
+        return self.clips[0]
+
+    @property
+    def clips(self) -> list[list[Image.Image]]:
+        """The frames of each clip; a picture is a clip of one."""
+        length = 1 if self.request.frames is None else self.request.frames
+        return [self.images[i : i + length] for i in range(0, len(self.images), length)]
+
     def metadata(self, index: int) -> dict[str, Any]:
-        """What picture `index` carries in its file, enough to repeat it."""
+        """What picture or clip `index` carries in its file, enough to repeat it once its pictures are given again."""
         from calotype import __version__
 
-        return {"calotype": __version__, "request": self.request.to_json(), "index": index, "model": self.model}
+        request = self.request.to_json(pictures=False)
+        return {"calotype": __version__, "request": request, "index": index, "model": self.model}
 
     def save(self, path: str | Path) -> list[Path]:
-        """Writes the pictures as PNG with their metadata: to `path`, or several as name-1.png, name-2.png, ..."""
-        path = Path(path)
+        """Writes pictures as PNG, clips as GIF, WebP or MP4, with their metadata: to `path`, or name-1.png, ..."""
+        path, clips = Path(path), self.clips
         names = [path]
-        if len(self.images) > 1:
-            names = [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(1, len(self.images) + 1)]
-        return [
-            save_png(image, name, self.metadata(i))
-            for i, (image, name) in enumerate(zip(self.images, names, strict=True))
-        ]
+        if len(clips) > 1:
+            names = [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(1, len(clips) + 1)]
+        return [self.save_one(i, name) for i, name in enumerate(names)]
+
+    def save_one(self, index: int, path: Path) -> Path:
+        """Writes picture or clip `index`."""
+        if self.request.frames is None:
+            return save_png(self.images[index], path, self.metadata(index))
+        from calotype import video
+
+        return video.save(self.clips[index], path, self.request.fps, self.metadata(index))
 
 
 class Engine:
-    """A model in memory. It keeps nothing of a request, so requests may be interleaved."""
+    """A model in memory, with its adapters. It keeps nothing of a request, so requests may be interleaved."""
 
-    def __init__(self, parts: Parts, described: dict[str, Any]) -> None:
+    def __init__(self, parts: Parts, described: dict[str, Any], *, offline: bool = False) -> None:
         self.parts = parts
         self._described = described
+        self._offline = offline
+        self._controls: dict[str, str] = {}  # name -> what it was loaded from
+        self._embeddings: dict[str, str] = {}  # token -> what it was loaded from
+        self._stack = Stack(parts)
 
     def __call__(self, prompt: str | Request, **fields: Any) -> Result:
         """Draws a prompt. `fields` are those of Request: steps, guidance, seed, n, width, height, ...
 
         Raises UsageError for what cannot be carried out.
         """
-        given = asdict(prompt) if isinstance(prompt, Request) else {"prompt": prompt}
+        given = vars(prompt) if isinstance(prompt, Request) else {"prompt": prompt}
         stream = self.stream(Request.from_json({**given, **fields}))
         while True:
             try:
@@ -97,14 +126,116 @@ class Engine:
             timings["denoise"] += time.perf_counter() - clock  # the caller's own time between steps is not ours
             yield step
         clock = time.perf_counter()
-        images = decode(self.parts, step.x0)
+        images = develop(self.parts, job, step.x0)
         timings["decode"] = time.perf_counter() - clock
-        timings["total"] = sum(timings.values())
+        timings |= {"total": sum(timings.values()), "evaluations": job.evaluations}
         return Result(images, seeds(request), request, timings, self.describe())
 
+    # ---- adapters: whatever cannot be loaded leaves all as it was ----
+
+    @property
+    def loras(self) -> dict[str, float]:
+        """The LoRAs that are merged into the weights now, {name: scale}."""
+        return self._stack.mix
+
+    def add_lora(
+        self,
+        ref: str | Path,
+        name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        revision: str | None = None,
+        scale: float = 1.0,
+    ) -> str:
+        """Loads a LoRA (LoCon, LoHa, LoKr, DoRA) and merges it beside the others; returns the name that it got.
+
+        `ref` is a .safetensors file, or a folder or Hub id with the file `weight_name`. Raises UsageError where the
+        name is taken, ModelNotFoundError, CheckpointError where a key does not fit the model.
+        """
+        name = Path(ref).stem if name is None else name
+        lora = load_lora(ref, self.parts, weight_name=weight_name, revision=revision, offline=self._offline)
+        self._stack.add(name, lora, scale)
+        return name
+
+    def set_loras(self, mix: Mapping[str, float]) -> None:
+        """Replaces the whole mix, {name: scale}: negative scales too; {} restores the model bit for bit.
+
+        Raises UsageError for a name that `add_lora` has not given and a scale that is no number.
+        """
+        self._stack.set(mix)
+
+    def add_control(self, ref: str | Path, name: str | None = None, *, variant: str | None = None) -> str:
+        """Loads a ControlNet or T2I-Adapter, which is detected, under a name for requests' controls; returns the name.
+
+        Raises ModelNotFoundError, CheckpointError where it does not fit the model.
+        """
+        name = Path(ref).stem if name is None else name
+        weight = next(self.parts.unet.parameters())
+        network = load_control(
+            ref,
+            unet=self.parts.unet.config,
+            downscale=self.parts.vae.config.downscale,
+            variant=variant,
+            offline=self._offline,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        self.parts = replace(self.parts, controls={**self.parts.controls, name: network})
+        self._controls[name] = str(ref)
+        return name
+
+    def add_embedding(self, ref: str | Path, token: str | None = None, *, weight_name: str | None = None) -> str:
+        """Loads a textual inversion: prompts that hold its token, which is returned, mean what was learnt.
+
+        Raises UsageError where the token is a word already, ModelNotFoundError, CheckpointError.
+        """
+        learnt = inversion.load_inversion(ref, token, weight_name=weight_name, offline=self._offline)
+        inversion.add(self.parts.text, learnt)
+        self._embeddings[learnt.token] = str(ref)
+        return learnt.token
+
+    def set_motion(self, ref: str | Path | None, *, beta_schedule: str = "linear", variant: str | None = None) -> None:
+        """Puts a motion adapter into the model, so that requests may have frames; None takes it out again.
+
+        Motion modules were trained with linear betas; `beta_schedule` says otherwise. Pictures keep the model's own.
+        Motion LoRAs go with the adapter that they change. Raises ModelNotFoundError, CheckpointError where it does not
+        fit the model.
+        """
+        if ref is None:
+            self._exchange_motion(None, {})
+            self._described.pop("motion", None)
+            return
+        weight = next(self.parts.unet.parameters())
+        adapter = load_motion(
+            ref,
+            unet=self.parts.unet.config,
+            variant=variant,
+            offline=self._offline,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        schedule = NoiseSchedule.from_config(with_betas(self.parts.scheduler, beta_schedule))
+        path = resolve_motion(ref, variant=variant, offline=self._offline)
+        self._exchange_motion(Motion(adapter, schedule), {"motion": partial(read_motion, path, variant)})
+        self._described["motion"] = str(ref)
+
+    def _exchange_motion(self, new: Motion | None, stored: Mapping[str, Stored]) -> None:
+        for name, lora in self._stack.loras.items():
+            if any(".motion_modules." in parameter for parameter in lora.deltas.get("unet", {})):
+                self._stack.remove(name)
+        motion.detach(self.parts.unet)
+        if new is not None:
+            motion.attach(self.parts.unet, new.adapter)
+        others = {part: read for part, read in self.parts.stored.items() if part != "motion"}
+        self.parts = replace(self.parts, motion=new, stored={**others, **stored})
+        self._stack.use(self.parts)
+        self._stack.set(self._stack.mix)
+
     def describe(self) -> dict[str, Any]:
-        """Which model this is and how it was loaded: what `load` needs to load it again."""
-        return dict(self._described)
+        """Which model this is, how it was loaded and what was added: what it takes to load it again."""
+        loras = {lora.pop("name"): lora for lora in self._stack.describe()}
+        added = {"loras": loras, "controls": dict(self._controls), "embeddings": dict(self._embeddings)}
+        return {**self._described, **{what: value for what, value in added.items() if value}}
 
 
 def load(
@@ -116,12 +247,15 @@ def load(
     dtype: str = "auto",
     variant: str | None = None,
     revision: str | None = None,
+    prediction: str | None = None,
     offline: bool = False,
 ) -> Engine:
-    """Loads a model: a folder in the diffusers layout, a Hub id[@revision], or (None) the shipped one.
+    """Loads a model: a folder in the diffusers layout, a single .safetensors file, a Hub id[@revision], or (None) the
+    shipped one.
 
     `unet` and `vae` replace those parts by another model's. `device` and `dtype` "auto" mean the GPU in float16 where
-    there is one, else the CPU in float32. `offline` never asks the Hub; nor does HF_HUB_OFFLINE=1.
+    there is one, else the CPU in float32. `prediction` is for single files that do not say what they predict:
+    "epsilon", "v_prediction", "sample". `offline` never asks the Hub; nor does HF_HUB_OFFLINE=1.
 
     Raises ModelNotFoundError, CheckpointError, UsageError.
     """
@@ -136,12 +270,20 @@ def load(
         vae=refs["vae"],
         variant=variant,
         revision=revision,
+        prediction=prediction,
         offline=offline,
         device=where,
         dtype=DTYPES[name],
     )
-    described = {**refs, "variant": variant, "revision": revision, "device": str(where), "dtype": name}
-    return Engine(parts, {**described, "family": parts.family})
+    described = {
+        **refs,
+        "variant": variant,
+        "revision": revision,
+        "prediction": prediction,
+        "device": str(where),
+        "dtype": name,
+    }
+    return Engine(parts, {**described, "family": parts.family}, offline=offline)
 
 
 def _device(name: str) -> torch.device:

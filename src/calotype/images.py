@@ -1,4 +1,4 @@
-"""Pictures: to and from tensors, PNG files that carry their request, contact sheets.
+"""Pictures: from files that strangers made, to and from tensors, PNG files that carry their request, contact sheets.
 
 torch is imported only where a tensor is made, so that reading a file's metadata stays quick.
 """
@@ -13,10 +13,11 @@ import os
 import secrets
 import textwrap
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from calotype.errors import CalotypeError, OutputError, UsageError
@@ -29,7 +30,147 @@ PARAMETERS_KEY = "parameters"  # where AUTOMATIC1111 and the tools that read its
 MAX_METADATA = 1_000_000  # characters; a request has at most two prompts of 20,000
 MAX_FILE_BYTES = 256_000_000  # the largest picture that a request may ask for has 50 MB of pixels
 
+FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow knows 43, and each is a parser that a stranger's file could reach
+MAX_PIXELS = 8192 * 8192  # 200 MB once decoded; a request may ask for a quarter of it
+RESIZES = ("stretch", "crop", "pad")
+
 INK, PAPER = (32, 32, 32), (255, 255, 255)
+
+
+# ---- from outside ----
+
+
+def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+    """A picture from outside: upright, 8 bits, in RGB, or in RGBA if some of it is transparent.
+
+    source: a file's name, its content, or a picture of any mode. Only PNG, JPEG and WebP are opened, whatever the name
+    says; of an animation, the first frame. Raises UsageError for anything but a whole picture of at most MAX_PIXELS,
+    which the header says before a pixel is decoded.
+    """
+    if isinstance(source, Image.Image):
+        return _normal(source, "the picture")
+    if isinstance(source, bytes | bytearray | memoryview):
+        shown, size = "the given data", len(source)
+    elif isinstance(source, str | Path):
+        shown, size = repr(str(source)), _file_size(source)
+    else:
+        raise UsageError(
+            f"a picture is of type {type(source).__name__}: must be a file's name, its content or a picture",
+            "PIL.Image.fromarray makes a picture of an array",
+        )
+    if size > MAX_FILE_BYTES:
+        raise UsageError(f"{shown} is too large: at most {MAX_FILE_BYTES} bytes")
+    try:
+        with Image.open(source if isinstance(source, str | Path) else io.BytesIO(source), formats=FORMATS) as image:
+            return _normal(image, shown)
+    except UsageError:
+        raise
+    except UnidentifiedImageError:
+        raise UsageError(
+            f"{shown} is not a picture in PNG, JPEG or WebP: no other format is opened", "save it as PNG"
+        ) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UsageError(f"{shown} is too large: at most {MAX_PIXELS} pixels", "make it smaller first") from error
+    except Exception as error:  # Pillow lets through whatever its parsers meet in a damaged file
+        raise _damaged(shown, error) from None
+
+
+def _normal(image: Image.Image, shown: str) -> Image.Image:
+    """The picture decoded, upright and in RGB or RGBA."""
+    if image.width * image.height > MAX_PIXELS:
+        raise UsageError(
+            f"{shown} is {image.width}x{image.height}: at most {MAX_PIXELS} pixels are opened", "make it smaller first"
+        )
+    if not (image.width and image.height):
+        raise UsageError(f"{shown} is {image.width}x{image.height}: it has no pixels")
+    try:
+        image.load()
+        image = _eight_bits(_upright(image))
+    except Exception as error:  # see open_image
+        raise _damaged(shown, error) from None
+    if image.mode == "RGBA" and image.getchannel("A").getextrema() != (255, 255):
+        return image
+    return image.convert("RGB")
+
+
+def _damaged(shown: str, error: Exception) -> UsageError:
+    reason = str(error).strip().splitlines()
+    said = f" ({reason[0][:160]})" if reason else ""
+    return UsageError(f"{shown} is damaged: it cannot be decoded{said}", "copy or download it again")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation asks; as it is, where that cannot be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # see open_image; the pixels are decoded already, so only the metadata is damaged
+        return image
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A picture of any mode in one that filters and compositing understand: 1, L, RGB, RGBA or CMYK."""
+    if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion clips them instead of scaling
+        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+        image.info.pop("transparency", None)  # it is a value of 16 bits
+    if image.has_transparency_data:
+        return image.convert("RGBA")
+    return image if image.mode in ("1", "L", "RGB", "RGBA", "CMYK") else image.convert("RGB")
+
+
+def resize(image: Image.Image, width: int, height: int, mode: str = "stretch") -> Image.Image:
+    """The picture at another size, by Lanczos' filter (a 1-bit one by its nearest pixels).
+
+    "stretch" changes its proportions. "crop" fills the size and cuts off what is over, evenly at both ends. "pad" fits
+    it into the size and repeats its edges in the margins. All three are bit for bit those of diffusers' image processor
+    ("default", "crop", "fill").
+    """
+    if mode not in RESIZES:
+        raise UsageError(f"resize is {mode!r}: must be one of {', '.join(RESIZES)}")
+    image = _eight_bits(image)
+    if mode == "stretch":
+        return image.resize((width, height), Image.Resampling.LANCZOS)
+    wider = image.width * height > width * image.height  # than what is asked for
+    if wider == (mode == "crop"):
+        w, h = max(1, image.width * height // image.height), height
+    else:
+        w, h = width, max(1, image.height * width // image.width)
+    if w * h > MAX_PIXELS:
+        raise UsageError(
+            f"a picture of {image.width}x{image.height} is too narrow to fill {width}x{height}", 'resize it by "pad"'
+        )
+    scaled = image.resize((w, h), Image.Resampling.LANCZOS)
+    left, top = width // 2 - w // 2, height // 2 - h // 2
+    if mode == "crop":
+        return scaled.crop((-left, -top, width - left, height - top))
+    padded = Image.new(scaled.mode, (width, height))
+    padded.paste(scaled, (left, top))
+    for y, edge in ((0, 0), (top + h, h)) if top else ():
+        padded.paste(scaled.resize((width, top), box=(0, edge, width, edge)), (0, y))
+    for x, edge in ((0, 0), (left + w, w)) if left else ():
+        padded.paste(scaled.resize((left, height), box=(edge, 0, edge, height)), (x, 0))
+    return padded
+
+
+def canny(image: Image.Image, low: float = 100, high: float = 200) -> Image.Image:
+    """The picture's edges, white on black in RGB, as canny ControlNets and T2I-Adapters want them (Canny 1986).
+
+    low, high: gradients above `high` are edges, and so are those above `low` that continue one. Raises UsageError, also
+    where OpenCV is missing: it is the extra "control".
+    """
+    if not 0 <= low <= high:
+        raise UsageError(
+            f"canny's thresholds are {low} and {high}: must be at least 0 and ascending", "try 100 and 200"
+        )
+    try:
+        cv2: Any = import_module("cv2")  # an extra: 90 MB that only pictures of edges need
+    except ImportError:
+        raise UsageError("canny needs OpenCV, which is not installed", "pip install 'calotype[control]'") from None
+    import numpy as np
+
+    return Image.fromarray(cv2.Canny(np.asarray(on_white(image)), low, high)).convert("RGB")
+
+
+# ---- tensors ----
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -49,19 +190,27 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 def on_white(image: Image.Image) -> Image.Image:
     """The picture in RGB, what is transparent being white."""
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*PAPER, 255)), rgba)
+    image = _eight_bits(image)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*PAPER, 255)), image)
     return image.convert("RGB")
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """The picture as float32 (1, 3, H, W) in [-1, 1]. What is transparent becomes white."""
+    return 2 * to_unit(image) - 1
+
+
+def to_unit(image: Image.Image) -> Tensor:
+    """The picture as float32 (1, 3, H, W) in [0, 1], as controls want it. What is transparent becomes white."""
     import torch
 
     image = on_white(image)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
-    return 2 * (pixels.permute(2, 0, 1)[None].float() / 255) - 1
+    return pixels.permute(2, 0, 1)[None].float() / 255
+
+
+# ---- PNG ----
 
 
 def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
@@ -74,9 +223,13 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, Any] |
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise UsageError(f"{str(path)!r} does not end in .png: pictures are written as PNG", "name it NAME.png")
-    content = _encoded(image, metadata)
+    return write_whole(path, _encoded(image, metadata))
+
+
+def write_whole(path: Path, content: bytes) -> Path:
+    """Writes a file under another name first, then renames it. Raises OutputError where that cannot be done."""
     if os.path.isdir(path):  # not Path.is_dir, which raises where a folder on the way may not be searched
-        raise OutputError(f"{str(path)!r} is a directory", f"name a file in it: {path / 'picture.png'}")
+        raise OutputError(f"{str(path)!r} is a directory", f"name a file in it: {path / 'picture'}{path.suffix}")
     if not os.path.isdir(path.parent):
         raise OutputError(f"there is no folder {str(path.parent)!r}", "make it first")
     try:
@@ -159,17 +312,25 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 def _texts(path: str | Path) -> dict[Any, Any]:
     """What stands before a PNG file's pixels, within Pillow's limits on compressed text."""
     shown = repr(str(path))
-    if not os.path.isfile(path):
-        raise UsageError(f"there is no file {shown}")
+    if _file_size(path) > MAX_FILE_BYTES:
+        raise UsageError(f"{shown} is too large: at most {MAX_FILE_BYTES} bytes")
     try:
-        if os.path.getsize(path) > MAX_FILE_BYTES:
-            raise UsageError(f"{shown} is too large: at most {MAX_FILE_BYTES} bytes")
         with Image.open(path, formats=["PNG"]) as image:
             return image.info
     except UnidentifiedImageError:
         raise UsageError(f"{shown} is not a PNG file", "calotype writes its metadata into PNG files") from None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise UsageError(f"{shown} cannot be read as a PNG file: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _file_size(path: str | Path) -> int:
+    """A file's bytes. Raises UsageError where there is none."""
+    if not os.path.isfile(path):
+        raise UsageError(f"there is no file {str(path)!r}")
+    return os.path.getsize(path)
+
+
+# ---- contact sheets ----
 
 
 def grid(

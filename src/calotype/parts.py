@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+from torch import Tensor
+
+from calotype.nn.controlnet import ControlNet
+from calotype.nn.motion import MotionAdapter
+from calotype.nn.t2i_adapter import T2IAdapter
 from calotype.nn.tiny_vae import AutoencoderTiny
 from calotype.nn.unet import UNet
 from calotype.nn.vae import AutoencoderKL
@@ -24,6 +31,19 @@ class Defaults:
 
 
 @dataclass(frozen=True)
+class Motion:
+    """A motion adapter, whose modules are in the U-Net, and the noise levels that it was trained with."""
+
+    adapter: MotionAdapter
+    schedule: NoiseSchedule
+
+
+# Reads a network's weights once more: by our names and in our shapes, but in the files' dtype. A weight in memory was
+# made of it by `.to(device, dtype)`.
+Stored = Callable[[], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
 class Parts:
     """One model, ready to run."""
 
@@ -34,4 +54,8 @@ class Parts:
     schedule: NoiseSchedule
     defaults: Defaults
     zero_empty_negative: bool  # SDXL: an empty negative prompt is conditioning of zeros, not the empty text's
-    source: str  # the folder it was loaded from
+    source: str  # the folder or file it was loaded from
+    controls: Mapping[str, ControlNet | T2IAdapter] = field(default_factory=dict)  # by the names that requests use
+    motion: Motion | None = None
+    scheduler: Mapping[str, Any] = field(default_factory=dict)  # the config that `schedule` was read from
+    stored: Mapping[str, Stored] = field(default_factory=dict)  # of "unet", "text_encoder", "text_encoder_2", "motion"

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import difflib
+import hashlib
+import io
 import itertools
 import operator
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from numbers import Real
 from typing import Any, cast
 
+from PIL import Image
+
+from calotype import images
 from calotype.errors import UsageError
 
-SAMPLERS = ("lcm", "ddim", "euler")
+SAMPLERS = ("lcm", "tcd", "ddim", "euler")
+RESIZES = ("stretch", "crop", "pad")
+GUIDANCE_MODES = ("full", "once")
 MAX_PROMPT = 20_000  # characters
 MAX_STEPS = 1000  # the length of every schedule that we know
 MAX_GUIDANCE = 100.0
 MAX_SEED = 2**63 - 1  # what torch's generator takes
 MAX_N = 64
+MAX_FRAMES = 512  # of a clip; and n clips share the memory
+MAX_CONTROLS = 16
+MAX_PADDING, MAX_FEATHER = 4096, 256  # pixels
 SIZE_STEP, MAX_SIDE = 8, 8192  # one latent is 8 x 8 pixels
 MAX_PIXELS = 4096 * 4096
 
@@ -28,7 +40,40 @@ ELSEWHERE = {
     "num_inference_steps": "steps",
     "num_images_per_prompt": "n",
     "sampler_name": "sampler",
+    "init_image": "image",
+    "mask_image": "mask",
+    "num_frames": "frames",
+    "padding_mask_crop": "mask_crop",
+    "control_image": "controls",
+    "eta": "gamma",
 }
+
+Picture = Image.Image | tuple[Image.Image, ...]  # one; or one for each frame
+
+
+@dataclass(frozen=True)
+class Control:
+    """A picture that steers the composition, through a ControlNet or T2I-Adapter that the engine has.
+
+    name: what `engine.add_control` called it.               image: a picture, or one for each frame.
+    scale: 0 to 10; 0 is off.                               start, end: the share of the steps in which it acts.
+    """
+
+    name: str
+    image: Picture = field(hash=False)
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise UsageError(f"a control's name is {_shown(self.name)}: must be text")
+        object.__setattr__(self, "image", _picture(f"control {self.name!r}: image", self.image))
+        object.__setattr__(self, "scale", _number(f"control {self.name!r}: scale", self.scale, 0, 10))
+        object.__setattr__(self, "start", _number(f"control {self.name!r}: start", self.start, 0, 1))
+        object.__setattr__(self, "end", _number(f"control {self.name!r}: end", self.end, 0, 1))
+        if self.start >= self.end:
+            raise UsageError(f"control {self.name!r}: start is {self.start:g} and end {self.end:g}: must be before it")
 
 
 @dataclass(frozen=True)
@@ -39,9 +84,17 @@ class Request:
     steps: evaluations of the network, 1 to 1000.           guidance: diffusers' guidance_scale, 0 to 100; 1 is none.
     seed: that of the first picture; picture i is that of seed + i alone.      n: pictures, 1 to 64.
     width, height: pixels, multiples of 8, 8 to 8192, at most 4096 x 4096 in all.
-    sampler: "lcm", "ddim" or "euler".                      timesteps: an explicit grid, strictly descending.
-    guidance_steps: guide the first so many steps only.     clip_skip: last layers of the text encoder to leave out.
-    emphasis: read (), [], (x:1.3) and BREAK in the prompts as instructions.
+    sampler: "lcm", "tcd", "ddim" or "euler".               timesteps: an explicit grid, strictly descending.
+    gamma: of "tcd", 0 (deterministic) to 1.                clip_skip: last layers of the text encoder to leave out.
+    guidance_steps: guide the first so many steps only.     guidance_mode: "full", or "once": the negative prompt is
+    emphasis: read (), [], (x:1.3) and BREAK in the         evaluated in the first step only, and remembered.
+    prompts as instructions.
+    image: a picture to start from, or one a frame.         strength: how much of it may change, above 0 and up to 1.
+    mask: of the image's size; white is repainted.          mask_feather: pixels over which its edge is blended.
+    mask_crop: work on the masked part alone, with so many  resize: how pictures come to the size: "stretch", "crop"
+    pixels around it, at the request's size.                (fill, cut the rest), "pad" (fit, fill the rest).
+    controls: see Control.
+    frames: make a clip of so many, 1 to 512.               fps: frames a second in the clip's file, 1 to 60.
 
     None leaves a field to the model's own default. Raises UsageError, naming the field and what is allowed.
     """
@@ -60,6 +113,17 @@ class Request:
     guidance_steps: int | None = None
     clip_skip: int | None = None
     emphasis: bool = False
+    gamma: float = 0.3
+    guidance_mode: str = "full"
+    image: Picture | None = field(default=None, hash=False)  # Pillow's pictures can be compared, but have no hash
+    mask: Image.Image | None = field(default=None, hash=False)
+    strength: float | None = None
+    mask_feather: int = 0
+    mask_crop: int | None = None
+    resize: str = "stretch"
+    controls: tuple[Control, ...] = ()
+    frames: int | None = None
+    fps: int = 8
 
     def __post_init__(self) -> None:
         self._set("prompt", _text("prompt", self.prompt))
@@ -84,11 +148,8 @@ class Request:
                 f"the size is {self.width}x{self.height}: must be at most {MAX_PIXELS} pixels",
                 f"with this width, a height of at most {MAX_PIXELS // self.width // SIZE_STEP * SIZE_STEP}",
             )
-        if self.sampler is not None and not (isinstance(self.sampler, str) and self.sampler in SAMPLERS):
-            raise UsageError(
-                f"sampler is {_shown(self.sampler)}: must be one of {', '.join(SAMPLERS)}",
-                _nearest(self.sampler, SAMPLERS),
-            )
+        if self.sampler is not None:
+            _choice("sampler", self.sampler, SAMPLERS)
         if self.timesteps is not None:
             self._set("timesteps", _timesteps(self.timesteps))
             if self.steps is not None and self.steps != len(self.timesteps):
@@ -101,18 +162,90 @@ class Request:
             self._set("clip_skip", _integer("clip_skip", self.clip_skip, 0, MAX_STEPS))
         if not isinstance(self.emphasis, bool):
             raise UsageError(f"emphasis is {_shown(self.emphasis)}: must be true or false")
+        self._set("gamma", _number("gamma", self.gamma, 0, 1))
+        _choice("guidance_mode", self.guidance_mode, GUIDANCE_MODES)
+        _choice("resize", self.resize, RESIZES)
+        self._set("fps", _integer("fps", self.fps, 1, 60))
+        if self.frames is not None:
+            self._set("frames", _integer("frames", self.frames, 1, MAX_FRAMES // self.n))
+        self._check_picture()
+        self._check_controls()
+
+    def _check_picture(self) -> None:
+        """The picture to start from, and all that only makes sense with one."""
+        self._set("mask_feather", _integer("mask_feather", self.mask_feather, 0, MAX_FEATHER))
+        if self.mask_crop is not None:
+            self._set("mask_crop", _integer("mask_crop", self.mask_crop, 0, MAX_PADDING))
+        if self.image is None:
+            for name in ("mask", "strength"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"there is a {name} but no image", "give the picture to start from as image")
+        else:
+            self._set("image", _picture("image", self.image))
+            self._check_frames("image", self.image)
+        if self.strength is not None:
+            strength = _number("strength", self.strength, 0, 1)
+            if strength == 0:
+                raise UsageError("strength is 0: must be above 0", "nothing would be painted")
+            self._set("strength", strength)
+        if self.mask is None:
+            if self.mask_crop is not None or self.mask_feather:
+                name = "mask_crop" if self.mask_crop is not None else "mask_feather"
+                raise UsageError(f"there is a {name} but no mask", "white in the mask is repainted")
+            return
+        mask = _picture("mask", self.mask)
+        if isinstance(mask, tuple):
+            raise UsageError("mask is a list of pictures: must be one picture")
+        self._set("mask", mask)
+        first = self.image[0] if isinstance(self.image, tuple) else self.image
+        assert first is not None
+        if mask.size != first.size:
+            (mw, mh), (w, h) = mask.size, first.size
+            raise UsageError(f"the mask is {mw}x{mh} and the image {w}x{h}: must be equal", "resize one of them first")
+        if self.mask_crop is not None and isinstance(self.image, tuple):
+            raise UsageError("mask_crop works on one picture, not on frames", "crop the frames first")
+
+    def _check_controls(self) -> None:
+        if not isinstance(self.controls, list | tuple):
+            raise UsageError(f"controls is {_shown(self.controls)}: must be a list of controls")
+        if len(self.controls) > MAX_CONTROLS:
+            raise UsageError(f"there are {len(self.controls)} controls: must be at most {MAX_CONTROLS}")
+        controls = tuple(Control(**each) if isinstance(each, dict) else each for each in self.controls)
+        for control in controls:
+            if not isinstance(control, Control):
+                raise UsageError(f"controls has {_shown(control)}: must be a Control")
+            self._check_frames(f"control {control.name!r}", control.image)
+        self._set("controls", controls)
+
+    def _check_frames(self, what: str, pictures: Picture) -> None:
+        if isinstance(pictures, tuple) and len(pictures) != self.frames:
+            told = "no frames are asked for" if self.frames is None else f"{self.frames} frames are asked for"
+            raise UsageError(f"{what} has {len(pictures)} pictures and {told}", f"give frames={len(pictures)}")
 
     def _set(self, field: str, value: object) -> None:
         """Store a checked value: of the plain type, whatever kind of number or sequence was given."""
         object.__setattr__(self, field, value)
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields that differ from their default, as values of JSON; the prompt always."""
+    def to_json(self, *, pictures: bool = True) -> dict[str, Any]:
+        """The fields that differ from their default, as values of JSON; the prompt always.
+
+        Pictures are data URIs (PNG, base64); or, without `pictures`, only a digest that tells them apart.
+        """
+        show = _to_uri if pictures else digest
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, Image.Image):
+                return show(value)
+            if isinstance(value, Control):
+                return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+            return [plain(each) for each in value] if isinstance(value, tuple) else value
+
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = {field.name: values[field.name] for field in fields(self) if values[field.name] != field.default}
-        if self.timesteps is not None:
-            changed["timesteps"] = list(self.timesteps)
-        return changed
+        return {
+            field.name: plain(values[field.name])
+            for field in fields(self)
+            if field.name == "prompt" or values[field.name] != field.default
+        }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Request:
@@ -159,6 +292,38 @@ def _whole(value: object) -> int | None:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         return None
+
+
+def _number(field: str, value: object, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= cast(float, value) <= high:
+        raise UsageError(f"{field} is {_shown(value)}: must be a number between {low:g} and {high:g}")
+    return float(value)
+
+
+def _choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
+    if not (isinstance(value, str) and value in allowed):
+        raise UsageError(f"{field} is {_shown(value)}: must be one of {', '.join(allowed)}", _nearest(value, allowed))
+
+
+def _picture(field: str, value: object) -> Picture:
+    """A picture, or several: as they are, or out of data URIs. Never a path: a request may come from a stranger."""
+    if isinstance(value, list | tuple):
+        if not 1 <= len(value) <= MAX_FRAMES:
+            raise UsageError(f"{field} is a list of {len(value)} pictures: must be 1 to {MAX_FRAMES}")
+        pictures = tuple(_picture(field, each) for each in value)
+        if any(isinstance(each, tuple) for each in pictures):
+            raise UsageError(f"{field} is a list of lists: must be pictures")
+        flat = cast(tuple[Image.Image, ...], pictures)
+        if len({each.size for each in flat}) > 1:
+            raise UsageError(f"{field} has pictures of different sizes: must be equal")
+        return flat
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, str):
+        return _from_uri(field, value)
+    raise UsageError(
+        f"{field} is of type {type(value).__name__}: must be a picture", "open a file with calotype.open_image"
+    )
 
 
 def _guidance(value: object) -> float:
@@ -214,3 +379,32 @@ def _shown(value: object) -> str:
     except ValueError:  # Python does not print whole numbers of more than 4300 digits
         return "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ---- pictures in JSON ----
+
+URI = "data:image/png;base64,"
+
+
+def digest(picture: Image.Image) -> str:
+    """What tells a picture apart from others, short enough for a message: a hash of its mode, size and pixels."""
+    content = f"{picture.mode} {picture.size} ".encode() + picture.tobytes()
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def _to_uri(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return URI + base64.b64encode(file.getvalue()).decode()
+
+
+def _from_uri(field: str, text: str) -> Image.Image:
+    if text.startswith("sha256:"):
+        raise UsageError(f"{field} was a picture that is not in the file", "give the same picture again")
+    head, comma, content = text.partition(",")
+    if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
+        raise UsageError(f"{field} is {_shown(text)}: must be a data URI with base64", f"it begins with {URI}")
+    try:
+        return images.open_image(base64.b64decode(content, validate=True))
+    except binascii.Error:
+        raise UsageError(f"{field} is a data URI that is not base64") from None

@@ -76,6 +76,14 @@ class NoiseSchedule:
         """The noise that a network output implies. x, out: (B, ...); t: (B,) int64. At least float32."""
         return eps_from(self.prediction, x, out, *self.at(t, x))
 
+    def to_output(self, x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+        """The network output that would imply the clean latents x0. x, x0: (B, ...); t: (B,) int64."""
+        alpha, sigma = self.at(t, x)
+        eps = (x - alpha * x0) / sigma
+        if self.prediction == "epsilon":
+            return eps
+        return x0 if self.prediction == "sample" else alpha * eps - sigma * x0
+
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """alpha x0 + sigma noise at the timesteps t (B,) int64. At least float32."""
         alpha, sigma = self.at(t, x0)

@@ -216,7 +216,7 @@ def test_a_network_of_a_billion_layers_is_refused_by_arithmetic() -> None:
 def test_sdxl_is_within_the_bounds_and_weighed_rightly() -> None:
     from calotype.nn.unet import UNet
 
-    with load._on_meta():
+    with load.on_meta():
         network = UNet(configs.unet_config(SDXL_CONFIG))
     assert sum(parameter.numel() for parameter in network.parameters()) == 2_567_463_684
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import shlex
 import struct
 import time
 from collections.abc import Callable
@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from calotype import cli
 from calotype.errors import CheckpointError, UnsafeFileError
 from calotype.weights import files
 from calotype.weights.files import header, is_finite, parse_json, read, read_json, shards, variants
@@ -155,18 +156,18 @@ def test_a_pickle_is_refused_whatever_its_name(save: dict[str, Any], tmp_path: P
         torch.save({"a": torch.zeros(3)}, tmp_path / name, **save)
         with pytest.raises(UnsafeFileError, match="pickle") as caught:
             header(tmp_path / name)
-        assert caught.value.hint is not None
-        assert "weights_only=True" in caught.value.hint
+        assert "calotype convert" in str(caught.value.hint)
 
 
-def test_the_command_in_the_hint_converts(tmp_path: Path) -> None:
-    torch.save({"a": torch.arange(3.0)}, tmp_path / "model.bin")
+@pytest.mark.parametrize("name", ["model.bin", "a model.ckpt", "disguised.safetensors"])
+def test_the_command_in_the_hint_converts(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"a": torch.arange(3.0)}, tmp_path / name)
     with pytest.raises(UnsafeFileError) as caught:
-        header(tmp_path / "model.bin")
-    command = re.search(r'python -c "(.*)"', str(caught.value.hint))
-    assert command is not None
-    exec(command[1], {})
-    assert read([tmp_path / "model.safetensors"])["a"].tolist() == [0, 1, 2]
+        header(tmp_path / name)
+    command = shlex.split(str(caught.value.hint).partition(": ")[2])
+    assert command[:2] == ["calotype", "convert"]
+    assert cli.main(command[1:]) == 0
+    assert read([Path(capsys.readouterr().out.strip())])["a"].tolist() == [0, 1, 2]
 
 
 # ---- JSON ----

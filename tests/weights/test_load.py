@@ -383,11 +383,16 @@ def test_a_part_without_files_is_refused(tiny_sd15: Path, copy_of: Copy) -> None
         load_parts(folder)
 
 
-def test_single_files_and_lone_parts_are_refused_with_a_hint(tiny_sd15: Path, tmp_path: Path) -> None:
-    single = tiny_sd15 / "unet" / f"{DIFFUSERS}.safetensors"
-    for arguments in ({"model": single}, {"model": tiny_sd15, "unet": single}, {"model": tiny_sd15, "vae": single}):
-        with pytest.raises(CheckpointError, match="is a single file"):
-            load_parts(**arguments)
+def test_lone_parts_are_refused_with_a_hint(tiny_sd15: Path, tmp_path: Path) -> None:
+    unet = tiny_sd15 / "unet" / f"{DIFFUSERS}.safetensors"  # of no known family, and no config beside it counts
+    with pytest.raises(CheckpointError, match="has no configs and is a U-Net of no known family"):
+        load_parts(tiny_sd15, unet=unet)
+    vae = tiny_sd15 / "vae" / f"{DIFFUSERS}.safetensors"
+    with pytest.raises(CheckpointError, match="is not a whole model: it holds an autoencoder only") as caught:
+        load_parts(vae)
+    assert "vae=" in str(caught.value.hint)
+    with pytest.raises(CheckpointError, match="holds no U-Net"):
+        load_parts(tiny_sd15, unet=vae)
     (tmp_path / "model.ckpt").write_bytes(b"")
     with pytest.raises(UnsafeFileError):
         load_parts(tmp_path / "model.ckpt")

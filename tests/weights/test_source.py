@@ -15,7 +15,7 @@ import pytest
 from calotype.errors import CalotypeWarning, ModelNotFoundError, UnsafeFileError
 from calotype.weights import source
 from calotype.weights.load import load_parts
-from calotype.weights.source import HubId, cached_snapshot, hub_cache, needed, resolve
+from calotype.weights.source import HubId, cached_snapshot, choose_file, hub_cache, needed, resolve, resolve_file
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -277,6 +277,31 @@ def test_a_hub_model_is_downloaded_once_and_then_cached(hub: Callable[[], list[s
     assert hub() == first
     assert load_parts("org/tiny").source == str(folder)
     assert any(name.startswith("vae/") for name in hub())
+
+
+def test_one_file_of_a_hub_repository(hub: Callable[[], list[str]]) -> None:
+    """By its name, with what belongs beside it, and nothing else."""
+    wanted = ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+    path = resolve_file("org/tiny", wanted[1], beside=("config.json",))
+    assert hub() == wanted
+    assert path == resolve_file("org/tiny", wanted[1], offline=True)
+    with pytest.raises(ModelNotFoundError, match=r"org/tiny has no file 'x\.safetensors'"):
+        resolve_file("org/tiny", "x.safetensors")
+    with pytest.raises(ModelNotFoundError, match=r"org/tiny has no \.safetensors file"):
+        resolve_file("org/tiny")
+    assert hub() == wanted
+
+
+def test_which_file_of_several() -> None:
+    assert choose_file(["a.safetensors", "b.txt", "c/d.safetensors"], "x", None, ()) == "a.safetensors"
+    assert choose_file(["a.safetensors", "b.safetensors"], "x", None, ("c", "b.safetensors")) == "b.safetensors"
+    assert choose_file(["a.safetensors", "c/d.safetensors"], "x", "c/d.safetensors", ()) == "c/d.safetensors"
+    with pytest.raises(ModelNotFoundError, match=r"several files: a\.safetensors, b\.safetensors"):
+        choose_file(["a.safetensors", "b.safetensors"], "x", None, ())
+    with pytest.raises(UnsafeFileError, match=r"x/a\.bin"):
+        choose_file(["a.bin"], "x", None, ())
+    with pytest.raises(UnsafeFileError, match=r"x/a\.pt"):
+        choose_file(["b.safetensors"], "x", "a.pt", ())
 
 
 def test_what_the_hub_does_not_have_is_not_found(hub: Callable[[], list[str]]) -> None:

@@ -27,6 +27,7 @@ COMMANDS = {
     "generate": "calotype.cli.generate:generate",
     "show": "calotype.cli.show:show",
     "inspect": "calotype.cli.inspect:inspect",
+    "convert": "calotype.cli.convert:convert",
     "distill": "calotype.cli.distill:distill",
     "eval": "calotype.cli.evaluate:evaluate",
 }

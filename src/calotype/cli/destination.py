@@ -8,18 +8,21 @@ from pathlib import Path
 
 from calotype.errors import OutputError, UsageError
 
+CLIPS = (".gif", ".webp", ".mp4")
 SLUG_LENGTH = 48  # characters; at four bytes each, with a seed, still a legal file name (255 bytes)
 
 
-def check(output: Path | None, count: int) -> None:
-    """Raises UsageError or OutputError if `count` pictures cannot be written to `output` (None: the current folder)."""
+def check(output: Path | None, count: int, clip: bool = False) -> None:
+    """Raises UsageError or OutputError if `count` pictures, or clips, cannot be written to `output` (None: here)."""
     if output is None:
         _check_folder(Path())
         return
     if output.is_dir():
         raise OutputError(f"{str(output)!r} is a folder", hint=f"name a file in it: -o {output / 'picture.png'}")
-    if output.suffix.lower() != ".png":
-        raise UsageError(f"the output must end in .png, not {output.name!r}", hint="for example -o picture.png")
+    allowed = CLIPS if clip else (".png",)
+    if output.suffix.lower() not in allowed:
+        message = f"the output must end in {' or '.join(allowed)}, not {output.name!r}"
+        raise UsageError(message, hint=f"for example -o picture{allowed[0]}")
     _check_folder(output.parent)
     for path in numbered(output, count):
         if path.exists() and not path.is_file():
@@ -33,15 +36,15 @@ def numbered(output: Path, count: int) -> list[Path]:
     return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(1, count + 1)]
 
 
-def unused(prompt: str, seeds: list[int]) -> list[Path]:
+def unused(prompt: str, seeds: list[int], suffix: str = ".png") -> list[Path]:
     """A name for each picture from its prompt and seed, in the current folder, none of which exists already."""
     paths: list[Path] = []
     for seed in seeds:
         name = f"{slug(prompt)}-{seed}"
-        path, i = Path(f"{name}.png"), 1
+        path, i = Path(f"{name}{suffix}"), 1
         while path in paths or path.exists() or path.is_symlink():
             i += 1
-            path = Path(f"{name}-{i}.png")
+            path = Path(f"{name}-{i}{suffix}")
         paths.append(path)
     return paths
 

@@ -17,6 +17,9 @@ def distill(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to make.", show_default=False)
     ],
+    student: Annotated[
+        str | None, typer.Option(metavar="M", help="An LCM of that teacher to go on from.", show_default=False)
+    ] = None,
     max_train_steps: Annotated[int, typer.Option(metavar="N", help="Updates of the network.")] = 1000,
     train_batch_size: Annotated[int, typer.Option(metavar="B", help="Pictures an update.")] = 12,
     learning_rate: Annotated[float, typer.Option(parser=parse.number, metavar="R", help="Adam's rate.")] = 1e-5,
@@ -29,6 +32,10 @@ def distill(
     w_min: Annotated[float, typer.Option(parser=parse.number, metavar="W", help="Least guidance - 1.")] = 3.0,
     w_max: Annotated[float, typer.Option(parser=parse.number, metavar="W", help="Greatest guidance - 1.")] = 15.0,
     skipping_step: Annotated[int, typer.Option(metavar="K", help="Timesteps that the teacher jumps.")] = 20,
+    solver_substeps: Annotated[int, typer.Option(metavar="N", help="Steps in which it jumps.")] = 1,
+    timestep_power: Annotated[
+        float, typer.Option(parser=parse.number, metavar="P", help="Above 1: more of the less noisy timesteps.")
+    ] = 1.0,
     ema_decay: Annotated[float, typer.Option(parser=parse.number, metavar="D", help="Of the target network.")] = 0.95,
     huber_c: Annotated[float, typer.Option(parser=parse.number, metavar="C", help="Of the pseudo-Huber loss.")] = 0.001,
     mixed_precision: Annotated[str, typer.Option(metavar="KIND", help="no, or bf16.")] = "no",
@@ -47,6 +54,7 @@ def distill(
         teacher,
         data,
         output,
+        student=student,
         resume=resume,
         device=device,
         offline=offline,
@@ -60,6 +68,8 @@ def distill(
         w_min=w_min,
         w_max=w_max,
         skipping_step=skipping_step,
+        solver_substeps=solver_substeps,
+        timestep_power=timestep_power,
         ema_decay=ema_decay,
         huber_c=huber_c,
         mixed_precision=mixed_precision,

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calotype.cli import destination, parse
+from calotype.cli import adapters, destination, parse
+from calotype.cli.adapters import Adapters
 from calotype.cli.progress import Report, progress
 from calotype.cli.show import recorded
 from calotype.errors import CalotypeWarning, UsageError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from calotype import Engine, Request, Result
 
 # What `calotype.load` takes and `engine.describe` gives back.
-LOAD_ARGUMENTS = ("model", "unet", "vae", "variant", "revision", "device", "dtype")
+LOAD_ARGUMENTS = ("model", "unet", "vae", "variant", "revision", "prediction", "device", "dtype")
 STDIN_LIMIT = 1_000_000  # characters: an endless stream must not fill the memory
 
 
@@ -41,6 +42,9 @@ def generate(
     vae: Annotated[str | None, typer.Option(metavar="V", help="Take the autoencoder from this model.")] = None,
     variant: Annotated[str | None, typer.Option(metavar="NAME", help="Which weight files, such as fp16.")] = None,
     revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the Hub.")] = None,
+    prediction: Annotated[
+        str | None, typer.Option(metavar="KIND", help="What a single file predicts, if it does not say.")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(parser=parse.whole, metavar="N", help="Network evaluations, usually 1 to 8.")
     ] = None,
@@ -58,7 +62,41 @@ def generate(
         int | None, typer.Option("-n", parser=parse.whole, metavar="N", help="How many pictures: seeds S, S+1, ...")
     ] = None,
     negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What not to draw.")] = None,
-    sampler: Annotated[str | None, typer.Option(metavar="NAME", help="lcm, ddim or euler.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A picture to start from; a clip for video to video.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(parser=parse.number, metavar="S", help="How much of it may change, up to 1.")
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(metavar="FILE", help="White is repainted, black is kept.")] = None,
+    mask_feather: Annotated[
+        int | None, typer.Option(parser=parse.whole, metavar="PIXELS", help="Blend the mask's edge.")
+    ] = None,
+    mask_crop: Annotated[
+        int | None, typer.Option(parser=parse.whole, metavar="PIXELS", help="Work on the mask and so much around it.")
+    ] = None,
+    resize: Annotated[str | None, typer.Option(metavar="MODE", help="Pictures to size: stretch, crop, pad.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(metavar="REF[:SCALE]", help="A LoRA; may be repeated.")] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REF=IMAGE[:SCALE]",
+            help="A ControlNet or T2I-Adapter; =canny:IMAGE finds the edges; may be repeated.",
+        ),
+    ] = None,
+    embedding: Annotated[
+        list[str] | None, typer.Option(metavar="REF[=TOKEN]", help="A textual inversion; may be repeated.")
+    ] = None,
+    motion: Annotated[str | None, typer.Option(metavar="REF", help="A motion adapter, for --frames.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(parser=parse.whole, metavar="N", help="Make a clip: .gif, .webp, .mp4.")
+    ] = None,
+    fps: Annotated[int | None, typer.Option(parser=parse.whole, metavar="N", help="Frames a second (8).")] = None,
+    sampler: Annotated[str | None, typer.Option(metavar="NAME", help="lcm, tcd, ddim or euler.")] = None,
+    gamma: Annotated[float | None, typer.Option(parser=parse.number, metavar="G", help="Of tcd, 0 to 1 (0.3).")] = None,
+    guidance_mode: Annotated[
+        str | None, typer.Option(metavar="MODE", help="full, or once: one evaluation of the negative prompt.")
+    ] = None,
     timesteps: Annotated[str | None, typer.Option(metavar="T,T,...", help="An explicit grid, such as 999,499.")] = None,
     clip_skip: Annotated[
         int | None, typer.Option(parser=parse.whole, metavar="N", help="Skip the last N layers of CLIP.")
@@ -86,19 +124,49 @@ def generate(
         n=n,
         width=width,
         height=height,
+        image=None if image is None else opened(image, frames),
+        strength=strength,
+        mask=None if mask is None else opened(mask, None),
+        mask_feather=mask_feather,
+        mask_crop=mask_crop,
+        resize=resize,
+        frames=frames,
+        fps=fps,
         sampler=sampler,
+        gamma=gamma,
+        guidance_mode=guidance_mode,
         timesteps=None if timesteps is None else parse.timesteps(timesteps),
         guidance_steps=guidance_steps,
         clip_skip=clip_skip,
         emphasis=emphasis,
     )
-    models = given(model=model, unet=unet, vae=vae, variant=variant, revision=revision, device=device, dtype=dtype)
-    job = new_job(fields, models) if like is None else job_like(like, fields, models)
-    destination.check(output, job.count)
+    models = given(
+        model=model,
+        unet=unet,
+        vae=vae,
+        variant=variant,
+        revision=revision,
+        prediction=prediction,
+        device=device,
+        dtype=dtype,
+    )
+    extras: dict[str, Any] = given(
+        loras=adapters.loras(lora) if lora else None,
+        embeddings=adapters.embeddings(embedding) if embedding else None,
+        motion=motion,
+    )
+    if control:
+        extras["controls"], fields["controls"] = adapters.controls(control)
+    job = new_job(fields, models, extras) if like is None else job_like(like, fields, models, extras)
+    destination.check(output, job.count, clip=job.request.frames is not None)
+    if job.request.frames is not None:
+        from calotype import video
+
+        video.check(Path("clip.gif") if output is None else output, job.request.fps)
     with progress(quiet=quiet) as show:
-        engine, loading = load(job.models | ({"offline": True} if offline else {}), show)
+        engine, loading = load(job.models | ({"offline": True} if offline else {}), job.adapters, show)
         result = develop(engine, job.request, show)
-    indices = range(len(result.images)) if job.index is None else [job.index]
+    indices = range(len(result.seeds)) if job.index is None else [job.index]
     paths = write(result, indices, output)
     if as_json:
         print(json.dumps(summary(result, indices, paths, loading)))
@@ -113,6 +181,7 @@ class Job:
 
     request: Request
     models: dict[str, Any]
+    adapters: Adapters
     index: int | None = None  # None keeps them all
 
     @property
@@ -120,16 +189,17 @@ class Job:
         return self.request.n if self.index is None else 1
 
 
-def new_job(fields: dict[str, Any], models: dict[str, Any]) -> Job:
+def new_job(fields: dict[str, Any], models: dict[str, Any], extras: dict[str, Any]) -> Job:
     from calotype.request import Request
 
     if "prompt" not in fields:
         raise UsageError("there is no prompt", hint='calotype "a fox"; - reads the prompt from stdin')
-    return Job(Request(**fields), models)
+    return Job(Request(**fields), models, Adapters(**extras))
 
 
-def job_like(path: Path, fields: dict[str, Any], models: dict[str, Any]) -> Job:
-    """The request that made the picture at `path`, changed by what was given explicitly.
+def job_like(path: Path, fields: dict[str, Any], models: dict[str, Any], extras: dict[str, Any]) -> Job:
+    """The request that made the picture at `path`, changed by what was given explicitly: also the pictures that it was
+    made from, which are not in the file.
 
     The whole batch runs again, because a picture is repeated bit for bit only in a batch of the same size; but only
     the one picture is kept. With a seed or a count of its own it is a new request instead, and all are kept.
@@ -141,7 +211,8 @@ def job_like(path: Path, fields: dict[str, Any], models: dict[str, Any]) -> Job:
     if metadata.get("calotype") != calotype.__version__:
         message = f"{path} was made by calotype {metadata.get('calotype')}; this is {calotype.__version__}"
         warnings.warn(f"{message}: the picture may differ", CalotypeWarning, stacklevel=2)
-    request = Request.from_json(metadata["request"])
+    pictures = {name: fields.pop(name) for name in ("image", "mask", "controls") if name in fields}
+    request = Request.from_json(metadata["request"] | pictures)
     index: int | None = metadata["index"]
     if "seed" in fields or "n" in fields:
         own_seed = None if request.seed is None else request.seed + metadata["index"]
@@ -149,18 +220,28 @@ def job_like(path: Path, fields: dict[str, Any], models: dict[str, Any]) -> Job:
     if ("steps" in fields) != ("timesteps" in fields):  # the one decides the other
         request = replace(request, steps=None, timesteps=None)
     made_with = {name: value for name, value in metadata["model"].items() if name in LOAD_ARGUMENTS}
-    return Job(replace(request, **fields), given(**made_with) | models, index)
+    added = replace(Adapters.of(metadata["model"]), **extras)
+    return Job(replace(request, **fields), given(**made_with) | models, added, index)
 
 
-def load(models: dict[str, Any], show: Report) -> tuple[Engine, float]:
-    """The engine and the seconds that loading it took, torch's import among them."""
+def opened(path: Path, frames: int | None) -> Any:
+    """A picture to start from; with frames to make, all those of a clip."""
+    from calotype import images, video
+
+    return images.open_image(path) if frames is None else video.load_frames(path, frames)
+
+
+def load(models: dict[str, Any], added: Adapters, show: Report) -> tuple[Engine, float]:
+    """The engine with its adapters, and the seconds that loading it took, torch's import among them."""
     import calotype
 
     show("loading")
     start = time.perf_counter()
     with uncollected():
         load_model = calotype.load  # imports torch
-    return load_model(**models), time.perf_counter() - start
+    engine = load_model(**models)
+    added.put_into(engine)
+    return engine, time.perf_counter() - start
 
 
 @contextmanager
@@ -192,14 +273,13 @@ def develop(engine: Engine, request: Request, show: Report) -> Result:
 
 def write(result: Result, indices: Sequence[int], output: Path | None) -> list[Path]:
     """Saves the pictures `indices` of `result`, each with all that repeats it."""
-    from calotype.images import save_png
-
     if output is None:
-        paths = destination.unused(result.request.prompt, [result.seeds[i] for i in indices])
+        suffix = ".png" if result.request.frames is None else ".gif"
+        paths = destination.unused(result.request.prompt, [result.seeds[i] for i in indices], suffix)
     else:
         paths = destination.numbered(output, len(indices))
     for i, path in zip(indices, paths, strict=True):
-        save_png(result.images[i], path, result.metadata(i))
+        result.save_one(i, path)
     return paths
 
 
@@ -207,7 +287,7 @@ def summary(result: Result, indices: Sequence[int], paths: list[Path], loading: 
     return {
         "paths": [str(path) for path in paths],
         "seeds": [result.seeds[i] for i in indices],
-        "request": result.request.to_json(),
+        "request": result.request.to_json(pictures=False),
         "timings": {"load": loading, **result.timings},
     }
 

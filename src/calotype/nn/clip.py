@@ -140,8 +140,9 @@ class CLIPText(nn.Module):
         """The position (B,) of each row's end-of-text token.
 
         Old configs say eos_token_id 2, which is wrong: there the highest id is taken, which in CLIP's vocabulary is
-        the end of text. Others pad with the end-of-text token or with "!": the first one counts.
+        the end of text (rows behind the vocabulary, of textual inversions, are none). Others pad with the end-of-text
+        token or with "!": the first one counts.
         """
         if self.config.eos_token_id == 2:
-            return ids.argmax(dim=-1)
+            return torch.where(ids < self.config.vocab_size, ids, -1).argmax(dim=-1)
         return (ids == self.config.eos_token_id).int().argmax(dim=-1)

@@ -27,6 +27,7 @@ class TinyVAEConfig:
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
     force_upcast: bool = False
+    sample_size: int = 512
 
     @property
     def downscale(self) -> int:

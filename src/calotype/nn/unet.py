@@ -5,7 +5,7 @@ Shapes: B pictures, C latent channels, h and w the latent's height and width (pi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,10 +68,43 @@ class Conditioning:
         optional = [join([getattr(part, name) for part in parts]) for name in ("pooled", "time_ids", "w")]
         return Conditioning(context, *optional)
 
-    def select(self, rows: slice) -> Conditioning:
+    def select(self, rows: slice | Tensor) -> Conditioning:
         """The conditioning of some pictures of the batch."""
         optional = (self.pooled, self.time_ids, self.w)
         return Conditioning(self.context[rows], *(None if field is None else field[rows] for field in optional))
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What controls add to the network's feature maps. Those of several add up; an empty one changes nothing."""
+
+    down: tuple[Tensor, ...] = ()  # ControlNet: to every map that the way up takes in again, from the first on
+    mid: Tensor | None = None  # ControlNet: to the middle's output
+    level: tuple[Tensor, ...] = ()  # T2I-Adapter: to each level's map, from the first on; one more is the middle's
+
+    def __add__(self, other: Residuals) -> Residuals:
+        mids = [mid for mid in (self.mid, other.mid) if mid is not None]
+        return Residuals(
+            _add(self.down, other.down), sum(mids[1:], mids[0]) if mids else None, _add(self.level, other.level)
+        )
+
+    def scaled(self, scale: float | Tensor) -> Residuals:
+        """All of it times `scale`: a number, or (B,) with one for each row."""
+        return self._each(lambda x: x * (scale.to(x).view(-1, 1, 1, 1) if isinstance(scale, Tensor) else scale))
+
+    def repeat(self, copies: int) -> Residuals:
+        """The rows `copies` times over."""
+        return self if copies == 1 else self._each(lambda x: x.repeat(copies, 1, 1, 1))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Residuals:
+        mid = None if self.mid is None else change(self.mid)
+        return Residuals(tuple(map(change, self.down)), mid, tuple(map(change, self.level)))
+
+
+def _add(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if not ours or not theirs:
+        return ours or theirs
+    return tuple(a + b for a, b in zip(ours, theirs, strict=True))
 
 
 class Block(nn.Module):
@@ -99,13 +132,16 @@ class Block(nn.Module):
             if depth is not None
         ]
         self.attentions = nn.ModuleList(transformers) if transformers else None
+        self.motion_modules: nn.ModuleList | None = None  # nn.motion puts them here
         self.downsamplers = nn.ModuleList([Downsample(out)]) if down else None
         self.upsamplers = nn.ModuleList([Upsample(out)]) if up else None
 
-    def layer(self, i: int, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
-        """The i-th residual block and its transformer, if there is one."""
+    def layer(self, i: int, x: Tensor, temb: Tensor, context: Tensor, frames: int | None = None) -> Tensor:
+        """The i-th residual block, its transformer and its motion module, if there are."""
         x = self.resnets[i](x, temb)
-        return x if self.attentions is None else self.attentions[i](x, context)
+        if self.attentions is not None:
+            x = self.attentions[i](x, context)
+        return x if self.motion_modules is None or frames is None else self.motion_modules[i](x, frames)
 
 
 class MidBlock(nn.Module):
@@ -125,55 +161,47 @@ class MidBlock(nn.Module):
                 channels, config.heads[-1], depth, config.context_dim, config.norm_groups, config.linear_projection
             )
             self.attentions = nn.ModuleList([transformer])
+        self.motion_modules: nn.ModuleList | None = None  # nn.motion puts one here
 
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor, frames: int | None = None) -> Tensor:
         x = self.resnets[0](x, temb)
         if self.attentions is not None:
-            x = self.resnets[1](self.attentions[0](x, context), temb)
+            x = self.attentions[0](x, context)
+            if self.motion_modules is not None and frames is not None:
+                x = self.motion_modules[0](x, frames)
+            x = self.resnets[1](x, temb)
         return x
 
 
-class UNet(nn.Module):
-    """Predicts noise, velocity or the clean latent (whichever the checkpoint was trained for) from noisy latents.
+def skip_channels(config: UNetConfig) -> list[int]:
+    """The channels of every feature map that the way up takes in again, from the first on."""
+    found = [config.channels[0]]
+    for level, depths in enumerate(config.down_depths):
+        last = level == len(config.channels) - 1
+        found += [config.channels[level]] * (len(depths) + (not last))
+    return found
 
-    Ronneberger et al. 2015 (arXiv 1505.04597) with the transformers of Rombach et al. 2022 (arXiv 2112.10752, 3.3)
-    and, in an LCM, the guidance embedding of Luo et al. 2023 (arXiv 2310.04378, 4.2).
-    """
+
+class Encoder(nn.Module):
+    """The half of a U-Net that a ControlNet copies: embeddings, the way down and the middle."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        self.config = config
         channels, levels = config.channels, len(config.channels)
+        self.config = config
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0], config.guidance_dim)
         self.add_embedding = None
         if config.addition_in_dim is not None:
             self.add_embedding = TimestepEmbedding(config.addition_in_dim, 4 * channels[0])
 
-        skips = [channels[0]]  # channels of every feature map that the way up will take in again
         down_blocks = []
         for level, depths in enumerate(config.down_depths):
-            last = level == levels - 1
-            ins = [skips[-1]] + [channels[level]] * (len(depths) - 1)
-            down_blocks.append(Block(config, ins, channels[level], depths, config.heads[level], down=not last))
-            skips += [channels[level]] * (len(depths) + (not last))
+            ins = [channels[max(level - 1, 0)]] + [channels[level]] * (len(depths) - 1)
+            down = level < levels - 1
+            down_blocks.append(Block(config, ins, channels[level], depths, config.heads[level], down=down))
         self.down_blocks = nn.ModuleList(down_blocks)
-
         self.mid_block = MidBlock(config) if config.has_mid else None
-
-        below = channels[-1]
-        up_blocks = []
-        for i, depths in enumerate(config.up_depths):
-            level = levels - 1 - i
-            ins = []
-            for _ in depths:
-                ins.append(below + skips.pop())
-                below = channels[level]
-            up_blocks.append(Block(config, ins, channels[level], depths, config.heads[level], up=level > 0))
-        self.up_blocks = nn.ModuleList(up_blocks)
-
-        self.conv_norm_out = nn.GroupNorm(config.norm_groups, channels[0], eps=config.norm_eps)
-        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
     def embed(self, t: Tensor, conditioning: Conditioning, dtype: torch.dtype) -> Tensor:
         """The embedding (B, 4 * channels[0]) of timesteps t (B,) and of everything else that is not a sequence."""
@@ -194,29 +222,82 @@ class UNet(nn.Module):
             temb = temb + self.add_embedding(torch.cat([pooled, numbers.to(pooled.dtype)], dim=-1).to(dtype))
         return temb
 
-    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The prediction (B, out_channels, h, w) for noisy latents x (B, in_channels, h, w) at timesteps t (B,)."""
-        context = conditioning.context
-        temb = self.embed(t, conditioning, x.dtype)
+    def encode(
+        self, x: Tensor, temb: Tensor, context: Tensor, levels: Sequence[Tensor] = (), frames: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The middle's output, and every map that the way up takes in again, for x (B, channels[0], h, w).
 
-        x = self.conv_in(x)
-        skips = [x]
+        `levels` are those of Residuals, `frames` is as in UNet.forward.
+        """
+        todo, skips = list(levels), [x]
         for block in self.down_blocks:
             assert isinstance(block, Block)
             for i in range(len(block.resnets)):
-                x = block.layer(i, x, temb, context)
+                x = block.layer(i, x, temb, context, frames)
+                if todo and block.attentions is not None and i + 1 == len(block.resnets):
+                    x = x + todo.pop(0)
                 skips.append(x)
             if block.downsamplers is not None:
                 x = block.downsamplers[0](x)
                 skips.append(x)
-
+            if todo and block.attentions is None:  # the reference adds these past the downsampling, to the skip too
+                x = skips[-1] = x + todo.pop(0)
         if self.mid_block is not None:
-            x = self.mid_block(x, temb, context)
+            x = self.mid_block(x, temb, context, frames)
+            if todo and todo[0].shape[1:] == x.shape[1:]:
+                x = x + todo.pop(0)
+        return x, skips
+
+
+class UNet(Encoder):
+    """Predicts noise, velocity or the clean latent (whichever the checkpoint was trained for) from noisy latents.
+
+    Ronneberger et al. 2015 (arXiv 1505.04597) with the transformers of Rombach et al. 2022 (arXiv 2112.10752, 3.3)
+    and, in an LCM, the guidance embedding of Luo et al. 2023 (arXiv 2310.04378, 4.2).
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        channels, levels, skips = config.channels, len(config.channels), skip_channels(config)
+        below = channels[-1]
+        up_blocks = []
+        for i, depths in enumerate(config.up_depths):
+            level = levels - 1 - i
+            ins = []
+            for _ in depths:
+                ins.append(below + skips.pop())
+                below = channels[level]
+            up_blocks.append(Block(config, ins, channels[level], depths, config.heads[level], up=level > 0))
+        self.up_blocks = nn.ModuleList(up_blocks)
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_groups, channels[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        conditioning: Conditioning,
+        residuals: Residuals | None = None,
+        frames: int | None = None,
+    ) -> Tensor:
+        """The prediction (B, out_channels, h, w) for noisy latents x (B, in_channels, h, w) at timesteps t (B,).
+
+        `frames` rows of the batch after another are one clip, for the motion modules; None: pictures, without motion.
+        """
+        context = conditioning.context
+        temb = self.embed(t, conditioning, x.dtype)
+        residuals = residuals or Residuals()
+        x, skips = self.encode(self.conv_in(x), temb, context, residuals.level, frames)
+        if residuals.down:
+            skips = [skip + residual for skip, residual in zip(skips, residuals.down, strict=True)]
+        if residuals.mid is not None:
+            x = x + residuals.mid
 
         for block in self.up_blocks:
             assert isinstance(block, Block)
             for i in range(len(block.resnets)):
-                x = block.layer(i, torch.cat([x, skips.pop()], dim=1), temb, context)
+                x = block.layer(i, torch.cat([x, skips.pop()], dim=1), temb, context, frames)
             if block.upsamplers is not None:
                 x = block.upsamplers[0](x, skips[-1].shape[-2:])
         return self.conv_out(F.silu(self.conv_norm_out(x)))  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer, read from a model folder.
+"""CLIP's tokenizer, read from a model folder, or from CLIP's own tables, which ship with the package.
 
 The two layouts, tokenizer.json and vocab.json + merges.txt, hold the same two tables: the vocabulary and the merges.
 The rest of the pipeline (normalisation, the split into words, bytes, `</w>`) is CLIP's own and is built here, so that a
@@ -7,7 +7,11 @@ file cannot bring another one along.
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +34,15 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 Merges = list[tuple[str, str]]
+Files = Callable[[str], str | None]  # a file's name -> its text, or None where there is no such file
 
 
 class Tokenizer:
     """Text to token ids.
 
     bos, eos, pad: the ids that start, end and fill a chunk; length: the tokens of a chunk, these included; size: the
-    rows that an embedding table needs, one more than the highest id.
+    rows that an embedding table needs, one more than the highest id; added: words of textual inversions, in lower case,
+    and their rows behind the vocabulary (see text.inversion).
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, *, bos: int, eos: int, pad: int, length: int, size: int) -> None:
@@ -44,6 +50,7 @@ class Tokenizer:
         self.bos, self.eos, self.pad = bos, eos, pad
         self.length = length
         self.size = size
+        self.added: dict[str, tuple[int, ...]] = {}
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -52,22 +59,46 @@ class Tokenizer:
         Raises CheckpointError, in one line, for files that are missing, malformed, too large or that disagree.
         """
         folder = Path(folder)
-        vocab, merges, listed = _tables(folder)
-        config = _read_object(folder / "tokenizer_config.json", optional=True)
-        special, added = _special_tokens(folder, config, listed)
-        backend = _pipeline(folder, vocab, merges, unknown=special["unk_token"]["content"])
-        _add(folder, backend, special, added)
+        return cls.read(cache(lambda name: _read_text(folder / name) if (folder / name).is_file() else None), folder)
+
+    @classmethod
+    def clip(cls, texts: Mapping[str, str], where: Path) -> Tokenizer:
+        """The tokenizer of files that may lack the tables (tokenizer_config.json says how to pad): CLIP's are taken."""
+        own = TABLES[0] in texts or TABLES[1] in texts
+        return cls.read((texts if own else {**clip_tables(), **texts}).get, where)
+
+    @classmethod
+    def read(cls, files: Files, where: Path) -> Tokenizer:
+        """The tokenizer of files that need not be on a disk; `where` is for messages. Raises CheckpointError."""
+        vocab, merges, listed = _tables(files, where)
+        config = _read_object(files, where, "tokenizer_config.json")
+        special, added = _special_tokens(files, where, config, listed)
+        backend = _pipeline(where, vocab, merges, unknown=special["unk_token"]["content"])
+        _add(where, backend, special, added)
         ids = vocab | {token["content"]: index for index, token in added.items()}
         bos, eos, pad = (ids[special[name]["content"]] for name in ("bos_token", "eos_token", "pad_token"))
-        length, size = _length(folder, config), max(ids.values()) + 1
+        length, size = _length(where, config), max(ids.values()) + 1
         return cls(backend, bos=bos, eos=eos, pad=pad, length=length, size=size)
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text of any length, without start, end or padding.
 
         A special token that is spelled out in the text, such as `<|endoftext|>`, or `!` where that is the padding,
-        becomes that token, as in transformers.
+        becomes that token, as in transformers. So does an added word, wherever it stands, in upper or lower case.
         """
+        if not self.added:
+            return self._known(text)
+        longest_first = sorted(self.added, key=len, reverse=True)
+        pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text, flags=re.IGNORECASE)
+        found = [self.added.get(piece.lower()) for piece in pieces]
+        return [
+            index
+            for piece, rows in zip(pieces, found, strict=True)
+            for index in (self._known(piece) if rows is None else rows)
+        ]
+
+    def _known(self, text: str) -> list[int]:
+        """Token ids of a text without added words."""
         try:
             return self.backend.encode(text, add_special_tokens=False).ids
         except TypeError:  # the library wants valid Unicode: no lone surrogates
@@ -102,21 +133,55 @@ def _pipeline(folder: Path, vocab: dict[str, int], merges: Merges, unknown: str)
     return backend
 
 
-def _tables(folder: Path) -> tuple[dict[str, int], Merges, list[Any]]:
-    """Vocabulary, merges and listed added tokens, from whichever layout the folder has (tokenizer.json first)."""
-    if (folder / "tokenizer.json").is_file():
-        return _tables_of_tokenizer_json(folder / "tokenizer.json")
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        vocab = _vocabulary(folder / "vocab.json", _read_object(folder / "vocab.json"))
-        return vocab, _merges_of_text(folder / "merges.txt"), []
+# ---- CLIP's own tables ----
+
+TABLES = ("tokenizer.json", "vocab.json", "merges.txt")  # the files that hold them, in either layout
+
+
+@cache
+def clip_tables() -> dict[str, str]:
+    """CLIP's vocab.json and merges.txt. The ids follow from the merges: the bytes, the bytes that end a word, what each
+    merge makes, and the two markers (Radford et al. 2021, arXiv 2103.00020, section 2.4; 49,408 tokens).
+    """
+    merges = gzip.decompress((Path(__file__).parent / "clip" / "merges.txt.gz").read_bytes()).decode("utf-8")
+    letters = byte_letters()
+    made = [line.replace(" ", "") for line in merges.split("\n")[1:] if line]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *made, START, END]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return {"vocab.json": json.dumps(vocab, ensure_ascii=False), "merges.txt": merges}
+
+
+def byte_letters() -> list[str]:
+    """The 256 printable characters that stand for bytes in GPT-2's and CLIP's tables, the printable bytes first."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+
+
+def has_clip_tables(folder: Path) -> bool:
+    """Whether a folder's tokenizer has CLIP's own tables, so that they need not be kept with a model."""
+    texts = {name: _read_text(folder / name) for name in TABLES if (folder / name).is_file()}
+    return _tables(texts.get, folder)[:2] == _tables(clip_tables().get, folder)[:2]
+
+
+# ---- reading ----
+
+
+def _tables(files: Files, where: Path) -> tuple[dict[str, int], Merges, list[Any]]:
+    """Vocabulary, merges and listed added tokens, from whichever layout the files have (tokenizer.json first)."""
+    if files("tokenizer.json") is not None:
+        return _tables_of_tokenizer_json(files, where)
+    merges = files("merges.txt")
+    if files("vocab.json") is not None and merges is not None:
+        vocab = _vocabulary(where / "vocab.json", _read_object(files, where, "vocab.json"))
+        return vocab, _merges_of_text(where / "merges.txt", merges), []
     raise CheckpointError(
-        f"{folder} holds no tokenizer",
+        f"{where} holds no tokenizer",
         "it needs tokenizer.json, or vocab.json and merges.txt, as in a diffusers folder",
     )
 
 
-def _tables_of_tokenizer_json(path: Path) -> tuple[dict[str, int], Merges, list[Any]]:
-    content = _read_object(path)
+def _tables_of_tokenizer_json(files: Files, where: Path) -> tuple[dict[str, int], Merges, list[Any]]:
+    path, content = where / "tokenizer.json", _read_object(files, where, "tokenizer.json")
     model, listed = content.get("model"), content.get("added_tokens", [])
     if not isinstance(model, dict) or model.get("type") != "BPE" or model.get("end_of_word_suffix") != "</w>":
         raise CheckpointError(
@@ -139,9 +204,9 @@ def _vocabulary(path: Path, vocab: Any) -> dict[str, int]:
     return vocab
 
 
-def _merges_of_text(path: Path) -> Merges:
+def _merges_of_text(path: Path, text: str) -> Merges:
     # Lines end in \n alone: str.splitlines would also break at characters that are tokens here.
-    lines = [line.rstrip("\r") for line in _read_text(path).split("\n")]
+    lines = [line.rstrip("\r") for line in text.split("\n")]
     return [_merge(path, line) for line in lines if line and not line.startswith("#version")]
 
 
@@ -154,7 +219,7 @@ def _merge(path: Path, merge: Any) -> tuple[str, str]:
 
 
 def _special_tokens(
-    folder: Path, config: dict[str, Any], listed: list[Any]
+    files: Files, folder: Path, config: dict[str, Any], listed: list[Any]
 ) -> tuple[dict[str, dict[str, Any]], dict[int, dict[str, Any]]]:
     """What each special token is, and the added tokens by id.
 
@@ -167,9 +232,9 @@ def _special_tokens(
         for index, token in _as_object(folder / "tokenizer_config.json", config["added_tokens_decoder"]).items():
             added[_token_id(folder, index)] = _token(folder, token)
     else:
-        named |= _read_object(folder / "special_tokens_map.json", optional=True)
+        named |= _read_object(files, folder, "special_tokens_map.json")
         texts = {_token(folder, named[name])["content"] for name in SPECIAL if named.get(name) is not None}
-        for text, index in _read_object(folder / "added_tokens.json", optional=True).items():
+        for text, index in _read_object(files, folder, "added_tokens.json").items():
             added[_token_id(folder, index)] = _token(folder, {"content": text, "normalized": text not in texts})
         for token in listed:
             added[_token_id(folder, _as_object(folder / "tokenizer.json", token).get("id"))] = _token(folder, token)
@@ -230,14 +295,15 @@ def _as_object(path: Path, value: Any) -> dict[str, Any]:
     return value
 
 
-def _read_object(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    """A JSON file that holds an object; {} where it is optional and absent."""
-    if optional and not path.is_file():
+def _read_object(files: Files, where: Path, name: str) -> dict[str, Any]:
+    """A JSON file that holds an object; {} where it is absent."""
+    text = files(name)
+    if text is None:
         return {}
     try:
-        return _as_object(path, json.loads(_read_text(path)))
+        return _as_object(where / name, json.loads(text))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+        raise CheckpointError(f"{where / name} is not valid JSON: {error}") from None
 
 
 def _read_text(path: Path) -> str:

@@ -20,8 +20,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from calotype.errors import OutputError, UsageError
-from calotype.generate import condition, run_guided
+from calotype.generate import Guidance
 from calotype.parts import Parts
+from calotype.prepare import condition
 from calotype.sampling import SAMPLERS, draw_noise, draws_needed, grid_for
 from calotype.training.distance import Estimate, kid, paired_distance
 from calotype.training.features import FeatureNet, features, load_features
@@ -73,9 +74,10 @@ def draw(
     shape = (vae.latent_channels, parts.defaults.height // vae.downscale, parts.defaults.width // vae.downscale)
     noise = [each.to(weight) for each in draw_noise(seeds, shape, draws_needed(sampler, len(grid)))]
     text, empty = condition(parts, prompts, "", guidance, (parts.defaults.width, parts.defaults.height))
+    guide = Guidance(parts.schedule, guidance, empty)
     steps = SAMPLERS[sampler](parts.schedule, grid, noise)
     for ev in steps:
-        latents = steps.send(run_guided(parts.unet, ev, text, empty, guidance)).x
+        latents = steps.send(guide(parts.unet, ev, text)).x
     latents = latents / vae.scaling_factor + vae.shift_factor
     pixels = parts.vae.decode(latents.to(next(parts.vae.parameters()).dtype))
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8).contiguous()

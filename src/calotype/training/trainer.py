@@ -47,6 +47,8 @@ class Settings:
     w_max: float = 15.0
     num_ddim_timesteps: int = 50  # of the grid that training visits, the one that sampling picks its steps from
     skipping_step: int = 20  # the paper's k: timesteps that the teacher's solver jumps
+    solver_substeps: int = 1  # in which it goes there
+    timestep_power: float = 1.0  # of the uniform number that picks a timestep: 2 sees half of all below T / 4
     ema_decay: float = 0.95
     huber_c: float = 0.001
     adam_weight_decay: float = 0.0
@@ -60,11 +62,12 @@ class Settings:
             "train_batch_size",
             "num_ddim_timesteps",
             "skipping_step",
+            "solver_substeps",
             "checkpointing_steps",
         ):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}: must be at least 1")
-        for name in ("learning_rate", "huber_c", "max_grad_norm"):
+        for name in ("learning_rate", "huber_c", "max_grad_norm", "timestep_power"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise UsageError(f"{name} is {getattr(self, name)}: must be a positive number")
         if not 0 <= self.w_min <= self.w_max < math.inf:
@@ -118,6 +121,7 @@ def distill(
     data: str | Path,
     output: str | Path,
     *,
+    student: str | Path | None = None,
     resume: bool = False,
     device: str = "auto",
     offline: bool = False,
@@ -126,7 +130,8 @@ def distill(
     """Distils a latent consistency model from `teacher` on the captioned pictures in the folder `data`.
 
     `settings` are the fields of Settings. `output` becomes a model folder in the diffusers layout, written at the end;
-    its `checkpoints` and `cache` hold what a resumed run needs. Raises UsageError for bad settings or data and where
+    its `checkpoints` and `cache` hold what a resumed run needs. `student` is a latent consistency model of that teacher
+    to go on from; without one the student starts as the teacher. Raises UsageError for bad settings or data and where
     `output` is not empty, CheckpointError for a teacher that cannot be distilled.
     """
     try:
@@ -150,7 +155,8 @@ def distill(
             yield TrainStep("encode", progress, None)
     assert dataset is not None
 
-    state = _start(parts.unet, chosen)
+    first = None if student is None else load_parts(str(student), offline=offline, device=torch.device(name)).unet
+    state = _start(parts.unet, first, chosen)
     checkpoint = newest_checkpoint(output)
     if resume and checkpoint is not None:
         _restore(state, checkpoint, chosen)
@@ -186,7 +192,8 @@ def train(
         with autocast:
             losses = consistency_loss(
                 state.student, state.ema, teacher, schedule, batch,
-                solver_steps=settings.num_ddim_timesteps, skip=settings.skipping_step, huber_c=settings.huber_c,
+                solver_steps=settings.num_ddim_timesteps, skip=settings.skipping_step,
+                substeps=settings.solver_substeps, huber_c=settings.huber_c,
             )  # fmt: skip
         loss = losses.mean()
         value = loss.item()
@@ -218,6 +225,9 @@ def make_batch(
     x0 = dataset.latents[pictures].float()
     noise = torch.randn(x0.shape, generator=generator)
     index = torch.randint(0, settings.num_ddim_timesteps, (len(x0),), generator=generator)
+    if settings.timestep_power != 1:
+        share = torch.rand(len(x0), generator=generator) ** settings.timestep_power
+        index = (share * settings.num_ddim_timesteps).long()
     w = settings.w_min + (settings.w_max - settings.w_min) * torch.rand(len(x0), generator=generator)
     return Batch(
         x0.to(device),
@@ -246,8 +256,15 @@ def student_of(teacher: UNet) -> UNet:
     return student.requires_grad_(True).to(next(teacher.parameters()).device)
 
 
-def _start(teacher: UNet, settings: Settings) -> State:
+def _start(teacher: UNet, first: UNet | None, settings: Settings) -> State:
     student = student_of(teacher)
+    if first is not None:
+        if first.config != student.config:
+            raise CheckpointError(
+                "the student is no latent consistency model of this teacher: their U-Nets differ",
+                hint="give a folder that calotype distill made from the same teacher, or none",
+            )
+        student.load_state_dict(first.state_dict())
     ema = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=settings.learning_rate, weight_decay=settings.adam_weight_decay

@@ -42,13 +42,21 @@ def check(kind: Kind, infos: Mapping[str, TensorInfo], shapes: Shapes, folder: P
     return comparison.matched
 
 
-def compare(kind: Kind, infos: Mapping[str, TensorInfo], shapes: Shapes) -> Comparison:
-    """A file's header against a network's shapes, after old spellings were translated."""
+def compare(
+    kind: Kind, infos: Mapping[str, TensorInfo], shapes: Shapes, names: Mapping[str, str] | None = None
+) -> Comparison:
+    """A file's header against a network's shapes, after old spellings were translated.
+
+    `names` has the file's names -> ours where they are not only spelled differently.
+    """
     matched: dict[str, str] = {}
     unexpected, misshaped = [], []
     taken: set[str] = set()
     for name, info in infos.items():
-        ours = canonical(kind, name, projection="text_projection.weight" in shapes)
+        if names is not None:
+            ours: str | None = names.get(name, "")
+        else:
+            ours = canonical(kind, name, projection="text_projection.weight" in shapes)
         if ours is None:
             continue
         if ours not in shapes or ours in taken:
@@ -56,7 +64,7 @@ def compare(kind: Kind, infos: Mapping[str, TensorInfo], shapes: Shapes) -> Comp
             continue
         taken.add(ours)
         shape = info.shape
-        if may_squeeze(kind, ours) and shape[2:] == (1, 1):
+        if may_squeeze(kind, ours) and set(shape[2:]) == {1}:
             shape = shape[:2]
         if shape != shapes[ours]:
             misshaped.append(f"{name}: {list(info.shape)} in the file, {list(shapes[ours])} by the config")

@@ -17,6 +17,8 @@ from calotype.nn.vae import VAEConfig
 from calotype.weights.fields import Fields
 from calotype.weights.files import shown
 
+Config = UNetConfig | VAEConfig | TinyVAEConfig | CLIPTextConfig
+
 MAX_LEVELS, MAX_LAYERS, MAX_DEPTH, MAX_BLOCKS = 8, 8, 24, 512
 MAX_CHANNELS, MAX_WIDTH = 8192, 16384
 MAX_SIDE = 4096

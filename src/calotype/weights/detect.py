@@ -4,20 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from calotype.families import CUSTOM, recognise
+from calotype.families import CUSTOM, Family, recognise
 from calotype.weights.names import Kind
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+SINGLE_FILE = "a single-file (LDM) checkpoint"
+TRANSFORMER = "a diffusion transformer, which is another architecture"
 # A name that only files of this sort have, or a part of it; the first match counts.
 SIGNS = (
     ("lora", "a LoRA"),
-    ("model.diffusion_model.", "a single-file (LDM) checkpoint"),
     ("controlnet_cond_embedding.", "a ControlNet"),
+    ("control_model.", "a ControlNet"),
+    ("input_hint_block.", "a ControlNet"),
     ("motion_modules.", "a motion module"),
     ("adapter.body.", "a T2I-Adapter"),
-    ("transformer_blocks.0.attn.norm_added_k", "a diffusion transformer, which is another architecture"),
+    ("joint_blocks.", TRANSFORMER),  # Stable Diffusion 3
+    ("double_blocks.", TRANSFORMER),  # Flux, HunyuanVideo
+    ("double_layers.", TRANSFORMER),  # AuraFlow
+    ("transformer_blocks.0.attn.norm_added_k", TRANSFORMER),
+    ("adaln_single.", TRANSFORMER),  # PixArt, LTX
+    (".channelwise.", "a model of Stable Cascade, which is another architecture"),
+    ("edm_mean", "an EDM model (Playground 2.5), whose noise levels are other than Stable Diffusion's"),
+    ("edm_vpred.", "an EDM model (CosXL), whose noise levels are other than Stable Diffusion's"),
+    ("input_blocks.0.0.weight", SINGLE_FILE),
 )
+# Where a file has its U-Net, if LDM named it.
+UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+REFINER_WIDTH = 384
+# What tells the families apart: the first convolution, the added inputs, the attention in the middle.
+SIGNATURE = ("conv_in.weight", "add_embedding.linear_1.weight", "mid_block.attentions.")
+LDM_SIGNATURE = ("input_blocks.0.0.weight", "label_emb.0.0.weight", "middle_block.1.")
 TEXT_WIDTHS = {
     768: "CLIP L's text encoder",
     1024: "OpenCLIP H's text encoder",
@@ -48,11 +65,45 @@ def is_tiny(shapes: Shapes) -> bool:
     return any(name.startswith("decoder.layers.") for name in shapes)
 
 
+def unet_prefix(shapes: Shapes) -> str | None:
+    """What stands before the names of a U-Net that LDM named, if the file has one."""
+    return next((prefix for prefix in UNET_PREFIXES if f"{prefix}input_blocks.0.0.weight" in shapes), None)
+
+
+def unet_family(shapes: Shapes, prefix: str = "", *, ldm: bool = False) -> Family:
+    """The family of a file's U-Net, in diffusers' names or in LDM's, or CUSTOM."""
+    conv_in, added, middle = LDM_SIGNATURE if ldm else SIGNATURE
+    widths = {
+        shape[-1]
+        for name, shape in shapes.items()
+        if name.startswith(prefix) and name.endswith("attn2.to_k.weight") and shape
+    }
+    return recognise(
+        width=next(iter(shapes.get(f"{prefix}{conv_in}", ())), 0),
+        context_dim=max(widths, default=0),
+        pooled=f"{prefix}{added}" in shapes,
+        mid_attention=any(name.startswith(f"{prefix}{middle}") for name in shapes),
+    )
+
+
+def is_refiner(shapes: Shapes, prefix: str) -> bool:
+    """Whether a U-Net that LDM named is that of SDXL's refiner, which no other model is as wide as."""
+    return shapes[f"{prefix}input_blocks.0.0.weight"][:1] == (REFINER_WIDTH,)
+
+
+def _title(shapes: Shapes, prefix: str) -> str:
+    if is_refiner(shapes, prefix):
+        return "SDXL's refiner"
+    family = unet_family(shapes, prefix, ldm=True)
+    return "no known family" if family is CUSTOM else family.title
+
+
 def looks_like(shapes: Shapes) -> str:
     """What a file looks like, as an English phrase: "SDXL's U-Net", "a LoRA", "nothing known"."""
     sort, kind = sort_of(shapes), kind_of(shapes)
     if sort is not None:
-        return sort
+        prefix = unet_prefix(shapes)
+        return sort if prefix is None or sort != SINGLE_FILE else f"{sort} of {_title(shapes, prefix)}"
     if kind == "unet":
         return _unet_like(shapes)
     if kind == "vae":
@@ -64,14 +115,7 @@ def looks_like(shapes: Shapes) -> str:
 
 
 def _unet_like(shapes: Shapes) -> str:
-    widths = {shape[-1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight") and shape}
-    conv_in = shapes["conv_in.weight"]
-    family = recognise(
-        width=conv_in[0] if conv_in else 0,
-        context_dim=max(widths, default=0),
-        pooled="add_embedding.linear_1.weight" in shapes,
-        mid_attention=any(name.startswith("mid_block.attentions.") for name in shapes),
-    )
+    family = unet_family(shapes)
     lcm = " with guidance embedding (LCM)" if "time_embedding.cond_proj.weight" in shapes else ""
     owner = "a U-Net of no known family" if family is CUSTOM else f"{family.title}'s U-Net"
     return owner + lcm

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import reprlib
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,22 @@ def header(path: Path) -> dict[str, TensorInfo]:
 
     Raises UnsafeFileError for a pickle, CheckpointError for a file that is truncated, ambiguous or not safetensors.
     """
+    entries, size = _header(path)
+    where = f"{path}: the header"
+    tensors = {name: _tensor_info(where, name, entry) for name, entry in entries.items() if name != "__metadata__"}
+    _check_layout(path, tensors, size)
+    return tensors
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself, by any names. Raises CheckpointError as `header` does."""
+    found = _header(path)[0].get("__metadata__", {})
+    assert isinstance(found, dict)
+    return found
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header's entries as they are, and how many bytes of data follow it."""
     if path.suffix.lower() in PICKLES:
         raise unsafe(path)
     if not path.is_file():
@@ -126,12 +143,10 @@ def header(path: Path) -> dict[str, TensorInfo]:
         text = file.read(length)
     where = f"{path}: the header"
     entries = parse_json(text, where)
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{where} has __metadata__ that is not text: {shown(metadata)}")
-    tensors = {name: _tensor_info(where, name, entry) for name, entry in entries.items()}
-    _check_layout(path, tensors, size - 8 - length)
-    return tensors
+    found = entries.get("__metadata__", {})
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise CheckpointError(f"{where} has __metadata__ that is not text: {shown(found)}")
+    return entries, size - 8 - length
 
 
 def _tensor_info(where: str, name: str, entry: object) -> TensorInfo:
@@ -174,7 +189,7 @@ REFETCH = "download or copy it again"
 def _not_safetensors(path: Path, prefix: bytes, length: int, size: int) -> CheckpointError:
     if prefix == b"version ":
         return _lfs(str(path))
-    if prefix[:4] == b"PK\x03\x04" or (prefix[:1] == b"\x80" and prefix[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
+    if _starts_as_pickle(prefix):
         return unsafe(path)
     if len(prefix) < 8:
         return CheckpointError(f"{path} has {size} bytes; a safetensors file has at least 8", REFETCH)
@@ -189,11 +204,31 @@ def _lfs(where: str) -> CheckpointError:
 
 def unsafe(path: Path | str) -> UnsafeFileError:
     """The refusal of a pickled file."""
+    command = shlex.join(["calotype", "convert", str(path), str(_converted(path))])
     return UnsafeFileError(
         f"{path} is a pickle, which can run code when it is read; only .safetensors files are read",
-        'convert it once where you trust it: python -c "import torch, safetensors.torch as s; '
-        f"s.save_file(torch.load('{path}', weights_only=True), '{Path(path).with_suffix('.safetensors')}')\"",
+        f"if you trust it, convert it once: {command}",
     )
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle, by its name or by how it begins."""
+    if path.suffix.lower() in PICKLES:
+        return True
+    with path.open("rb") as file:
+        return _starts_as_pickle(file.read(8))
+
+
+def _starts_as_pickle(prefix: bytes) -> bool:
+    return prefix[:4] == b"PK\x03\x04" or (
+        prefix[:1] == b"\x80" and prefix[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    )
+
+
+def _converted(path: Path | str) -> Path:
+    """A name for what a pickle is converted to, which is not its own."""
+    name = Path(path).with_suffix(".safetensors")
+    return name.with_name(f"{name.stem}-converted.safetensors") if str(name) == str(path) else name
 
 
 # ---- data ----

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,17 +18,16 @@ from calotype.weights import load, source
 from calotype.weights.compare import check
 from calotype.weights.detect import kind_of, looks_like
 from calotype.weights.files import PICKLES, TensorInfo, header, is_finite, read, read_json, shown, unsafe
-from calotype.weights.names import Kind
-from calotype.weights.pipeline import Pipeline, read_defaults, read_pipeline
+from calotype.weights.folder import SCHEDULER, Folder, Model, available, merged_header, weight_files
+from calotype.weights.names import KINDS, Kind
+from calotype.weights.pipeline import Pipeline, defaults_of, read_pipeline
+from calotype.weights.single_file import SingleFile, sections
 
-BUILDERS = {"unet": load.unet_on_meta, "vae": load.vae_on_meta, "text_encoder": load.text_encoder_on_meta}
-KINDS: dict[str, Kind] = {
-    "unet": "unet",
-    "vae": "vae",
-    "text_encoder": "text_encoder",
-    "text_encoder_2": "text_encoder",
+BUILDERS: dict[Kind, Callable[[dict[str, Any], str], UNet | CLIPText | load.Vae]] = {
+    "unet": load.unet_of,
+    "vae": load.vae_of,
+    "text_encoder": load.text_encoder_of,
 }
-
 Report = dict[str, Any]
 Network = UNet | CLIPText | load.Vae
 
@@ -36,7 +35,7 @@ Network = UNet | CLIPText | load.Vae
 def inspect_model(ref: str | Path | None, *, revision: str | None = None, offline: bool = False) -> Report:
     """A report, ready for JSON, on a model folder, one part of it, or one .safetensors file.
 
-    Always: "source", "looks_like" and "problems", one line each. A model folder also has "family", "pipeline", "parts",
+    Always: "source", "looks_like" and "problems", one line each. A whole model also has "family", "pipeline", "parts",
     "scheduler" and "defaults"; a lone part or file has "parts" with one entry. All weights are read once, for NaN.
     Raises ModelNotFoundError where there is nothing, UnsafeFileError for a pickle.
     """
@@ -54,12 +53,38 @@ def _inspect_file(path: Path) -> Report:
     problems: list[str] = []
     part: Report = {}
     likeness = "nothing known"
+    shapes: dict[str, tuple[int, ...]] = {}
     with _noting(problems):
         infos = header(path)
-        part = {"kind": kind_of(_shapes(infos)), **_sizes([path], infos)}
-        likeness = looks_like(_shapes(infos))
+        shapes = _shapes(infos)
+        part = {"kind": kind_of(shapes), **_sizes([path], infos)}
+        likeness = looks_like(shapes)
         _find_not_finite([path], problems)
-    return {"source": str(path), "looks_like": likeness, "parts": {path.name: part}, "problems": problems}
+    report: Report = {"source": str(path), "looks_like": likeness, "parts": {path.name: part}, "problems": problems}
+    return report | _inspect_model_file(path, problems) if len(sections(shapes)) > 1 else report
+
+
+def _inspect_model_file(path: Path, problems: list[str]) -> Report:
+    """What a whole model in one file has more to tell."""
+    single: SingleFile | None = None
+    with _noting(problems):
+        single = SingleFile(path)
+    if single is None:
+        return {}
+    pipeline: Pipeline | None = None
+    with _noting(problems):
+        pipeline = single.pipeline()
+    parts: dict[str, Report] = {}
+    networks: dict[str, Network] = {}
+    for part in single.sections:
+        infos = single.section(part)
+        size = sum(info.bytes for info in infos.values())
+        parts[part] = {"kind": KINDS[part], **_sizes([path], infos), "files": {path.name: size}}
+        with _noting(problems):
+            networks[part] = BUILDERS[KINDS[part]](*load.config_of(single, part))
+            single.check(part, networks[part].config, load.network_shapes(networks[part]))
+    report = {"parts": parts, **_model_facts(single, pipeline, networks, problems)}
+    return report if pipeline is None else {"pipeline": pipeline.kind, **report}
 
 
 def _inspect_part(folder: Path) -> Report:
@@ -67,7 +92,7 @@ def _inspect_part(folder: Path) -> Report:
     kind: Kind | None = None
     likeness = "nothing known"
     with _noting(problems):
-        infos = load.merged_header(load.weight_files(folder, None))
+        infos = merged_header(weight_files(folder, None))
         kind, likeness = kind_of(_shapes(infos)), looks_like(_shapes(infos))
     part, network = _part_report(kind, folder, problems) if kind else ({}, None)
     report = {"source": str(folder), "looks_like": likeness, "parts": {folder.resolve().name: {"kind": kind, **part}}}
@@ -98,10 +123,17 @@ def _inspect_pipeline(root: Path) -> Report:
                 networks[name] = network
     report["parts"] = parts
 
+    return report | _model_facts(Folder(root), pipeline, networks, problems)
+
+
+def _model_facts(
+    model: Model, pipeline: Pipeline | None, networks: Mapping[str, Network], problems: list[str]
+) -> Report:
+    """What a whole model's configs say, and whether its networks fit each other."""
+    report: Report = {}
     schedule: NoiseSchedule | None = None
     with _noting(problems):
-        config = read_json(root / "scheduler" / "scheduler_config.json")
-        schedule = NoiseSchedule.from_config(config)
+        schedule = NoiseSchedule.from_config(model.json(SCHEDULER))
         report["scheduler"] = {
             "class": schedule.kind,
             "prediction": schedule.prediction,
@@ -111,16 +143,18 @@ def _inspect_pipeline(root: Path) -> Report:
         }
     unet, vae = networks.get("unet"), networks.get("vae")
     report |= _unet_facts(unet)
-    if isinstance(unet, UNet) and vae is not None and not isinstance(vae, CLIPText) and not isinstance(vae, UNet):
+    if pipeline is None or not isinstance(unet, UNet) or vae is None or isinstance(vae, CLIPText | UNet):
+        return report
+    with _noting(problems):
+        encoders = [networks[name] for _, name in pipeline.text_parts if name in networks]
+        if len(encoders) == len(pipeline.text_parts):
+            load.check_fit(unet, vae, [encoder for encoder in encoders if isinstance(encoder, CLIPText)])
+    if schedule is not None:
         with _noting(problems):
-            encoders = [networks[name] for _, name in pipeline.text_parts if name in networks]
-            if len(encoders) == len(pipeline.text_parts):
-                load.check_fit(unet, vae, [encoder for encoder in encoders if isinstance(encoder, CLIPText)])
-        if schedule is not None:
-            with _noting(problems):
-                report["defaults"] = asdict(
-                    read_defaults(root, family_of(unet.config), unet.config, schedule, vae.config.downscale)
-                )
+            own = model.json("calotype.json") if model.has("calotype.json") else {}
+            family, place = family_of(unet.config), model.where("calotype.json")
+            defaults = defaults_of(own, place, family, unet.config, schedule, vae.config.downscale)
+            report["defaults"] = asdict(defaults)
     return report
 
 
@@ -142,13 +176,12 @@ def _part_report(kind: Kind, folder: Path, problems: list[str]) -> tuple[Report,
     report: Report = {}
     network: Network | None = None
     with _noting(problems):
-        network = BUILDERS[kind](folder)
+        path = folder / "config.json"
+        network = BUILDERS[kind](read_json(path), str(path))
     with _noting(problems):
-        files = load.weight_files(folder, None)
-        infos = load.merged_header(files)
-        report = _sizes(files, infos) | {
-            "variants": sorted(name for name in load.available(folder) if name is not None)
-        }
+        files = weight_files(folder, None)
+        infos = merged_header(files)
+        report = _sizes(files, infos) | {"variants": sorted(name for name in available(folder) if name is not None)}
         if network is not None:
             with _noting(problems):
                 check(kind, infos, load.network_shapes(network), folder)

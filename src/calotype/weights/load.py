@@ -6,7 +6,6 @@ mapped file; any other is converted, one at a time. So anonymous memory grows by
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,37 +15,27 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from calotype.errors import CalotypeWarning, CheckpointError, ModelNotFoundError
-from calotype.families import family_of
+from calotype.errors import CheckpointError
+from calotype.families import CUSTOM, Family, family_of
 from calotype.nn.clip import CLIPText
 from calotype.nn.tiny_vae import AutoencoderTiny
 from calotype.nn.unet import UNet
 from calotype.nn.vae import AutoencoderKL
-from calotype.parts import Parts
+from calotype.parts import Parts, Stored
 from calotype.schedule import NoiseSchedule
 from calotype.text.encode import TextEncoder
-from calotype.text.tokenizer import Tokenizer
 from calotype.weights import configs, source
 from calotype.weights.compare import check
-from calotype.weights.files import (
-    PICKLES,
-    STEMS,
-    TensorInfo,
-    header,
-    is_finite,
-    read,
-    read_json,
-    shards,
-    shown,
-    unsafe,
-    variants,
-)
+from calotype.weights.files import is_finite, read, read_json, shown
+from calotype.weights.folder import SCHEDULER, Folder, Model, check_variant, merged_header, weight_files
 from calotype.weights.names import Kind
-from calotype.weights.pipeline import read_defaults, read_pipeline, repaired_schedule
+from calotype.weights.pipeline import defaults_of, repaired_schedule
+from calotype.weights.single_file import SingleFile
+from calotype.weights.texts import family_texts
 
 CPU = torch.device("cpu")
 Vae = AutoencoderKL | AutoencoderTiny
-Network = TypeVar("Network", UNet, AutoencoderKL, AutoencoderTiny, Vae, CLIPText)
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def load_unet(
@@ -82,46 +71,112 @@ def load_parts(
     variant: str | None = None,
     revision: str | None = None,
     offline: bool = False,
+    prediction: str | None = None,
     device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,
 ) -> Parts:
     """Every part of a model, checked against each other. `unet` and `vae` replace the model's own.
 
-    `model`, `unet` and `vae` are what `source.resolve` takes; `revision` belongs to `model`, `variant` to all three.
-    Raises ModelNotFoundError, CheckpointError.
+    `model`, `unet` and `vae` are what `source.resolve` takes: folders or single files; `revision` belongs to `model`,
+    `variant` to all three. `prediction` ("epsilon", "v_prediction" or "sample") overrules what the model says of
+    itself. Raises ModelNotFoundError, CheckpointError.
     """
-    overrides = {name: ref for name, ref in (("unet", unet), ("vae", vae)) if ref is not None}
-    root = source.resolve(model, revision=revision, variant=variant, offline=offline, without=tuple(overrides))
-    _refuse_file(root)
-    pipeline = read_pipeline(root)
-    folders = {part: root / part for part in pipeline.classes}
-    for name, ref in overrides.items():
-        folders[name] = source.resolve(ref, subfolder=name, variant=variant, offline=offline)
-        _refuse_file(folders[name])
-    check_variant(folders, variant)
+    whole, owners = _opened(model, unet, vae, variant, revision, offline, prediction)
+    pipeline = whole.pipeline()
 
     # All configs first: they are cheap, and say whether the parts belong together.
-    scheduler = read_json(folders["scheduler"] / "scheduler_config.json")
-    schedule = NoiseSchedule.from_config(repaired_schedule(pipeline, scheduler))
-    unet_, vae_ = unet_on_meta(folders["unet"]), vae_on_meta(folders["vae"])
-    encoders = [text_encoder_on_meta(folders[encoder]) for _, encoder in pipeline.text_parts]
-    check_fit(unet_, vae_, encoders)
+    scheduler = repaired_schedule(pipeline, whole.json(SCHEDULER))
+    schedule = NoiseSchedule.from_config(scheduler)
+    unet_ = unet_of(*config_of(owners["unet"], "unet"))
     family = family_of(unet_.config)
-    defaults = read_defaults(root, family, unet_.config, schedule, vae_.config.downscale)
-    text = TextEncoder([Tokenizer.load(folders[tokenizer]) for tokenizer, _ in pipeline.text_parts], encoders)
+    vae_ = vae_of(*_vae_config(owners["vae"], whole, family))
+    encoders = {name: text_encoder_of(*config_of(whole, name)) for _, name in pipeline.text_parts}
+    check_fit(unet_, vae_, [*encoders.values()])
+    own = whole.json("calotype.json") if whole.has("calotype.json") else {}
+    defaults = defaults_of(own, whole.where("calotype.json"), family, unet_.config, schedule, vae_.config.downscale)
+    tokenizers = [whole.tokenizer(name) for name, _ in pipeline.text_parts]
+    text = TextEncoder(tokenizers, [*encoders.values()])
 
-    for (_, name), encoder in zip(pipeline.text_parts, encoders, strict=True):
-        _load(encoder, "text_encoder", folders[name], variant, device, dtype)
+    stored = {"unet": _stored(owners["unet"], "unet", unet_)}
+    stored |= {name: _stored(whole, name, encoder) for name, encoder in encoders.items()}
+    for name, encoder in encoders.items():
+        _filled(encoder, whole, name, device, dtype)
     return Parts(
         family=family.name,
         text=text,
-        unet=_load(unet_, "unet", folders["unet"], variant, device, dtype),
-        vae=_load(vae_, "vae", folders["vae"], variant, device, _vae_dtype(vae_, dtype)),
+        unet=_filled(unet_, owners["unet"], "unet", device, dtype),
+        vae=_filled(vae_, owners["vae"], "vae", device, _vae_dtype(vae_, dtype)),
         schedule=schedule,
         defaults=defaults,
         zero_empty_negative=pipeline.zero_empty_negative,
-        source=str(root),
+        source=str(whole.path),
+        scheduler=scheduler,
+        stored=stored,
     )
+
+
+def _opened(
+    model: str | Path | None,
+    unet: str | Path | None,
+    vae: str | Path | None,
+    variant: str | None,
+    revision: str | None,
+    offline: bool,
+    prediction: str | None,
+) -> tuple[Model, dict[str, Model]]:
+    """The whole model, and where its U-Net and its autoencoder are."""
+    overrides = {name: ref for name, ref in (("unet", unet), ("vae", vae)) if ref is not None}
+    root = source.resolve(model, revision=revision, variant=variant, offline=offline, without=tuple(overrides))
+    whole = open_model(root, variant, prediction)
+    owners = {"unet": whole, "vae": whole}
+    for name, ref in overrides.items():
+        path = source.resolve(ref, subfolder=name, variant=variant, offline=offline)
+        owners[name] = SingleFile(path) if path.is_file() else Folder(path.parent, variant, {name: path})
+    folders = {name: owner.folder(name) for name, owner in owners.items() if isinstance(owner, Folder)}
+    if isinstance(whole, Folder):
+        folders = {name: whole.folder(name) for _, name in whole.pipeline().text_parts} | folders
+    check_variant(folders, variant)
+    return whole, owners
+
+
+def open_model(root: Path, variant: str | None = None, prediction: str | None = None) -> Model:
+    """A folder's or a single file's model, of which nothing but the header was read. Raises CheckpointError."""
+    return SingleFile(root, prediction) if root.is_file() else Folder(root, variant, prediction=prediction)
+
+
+def config_of(owner: Model, part: str) -> tuple[dict[str, Any], str]:
+    """A part's config.json, and its place for messages."""
+    name = f"{part}/config.json"
+    return owner.json(name), owner.where(name)
+
+
+def _vae_config(owner: Model, whole: Model, family: Family) -> tuple[dict[str, Any], str]:
+    """The config of the autoencoder that `owner` has; a lone one in a single file takes the model's or the family's."""
+    name = "vae/config.json"
+    for model in (owner, whole):
+        if model.has(name) and (model is owner or model.json(name).get("_class_name") == "AutoencoderKL"):
+            return model.json(name), model.where(name)
+    if isinstance(owner, Folder) or family is CUSTOM:
+        return owner.json(name), owner.where(name)  # raises
+    return family_texts(family)[name], f"{family.title}'s autoencoder"
+
+
+def _filled(network: Network, owner: Model, part: str, device: torch.device, dtype: torch.dtype) -> Network:
+    config: Any = network.config
+    matched, tensors = owner.weights(part, config, network_shapes(network))
+    return fill(network, matched, tensors, Path(owner.where(part)), device, dtype)
+
+
+def _stored(owner: Model, part: str, network: nn.Module) -> Stored:
+    """What reads a part's weights once more; it does not keep the network."""
+    config: Any = network.config
+    shapes = network_shapes(network)
+
+    def stored() -> dict[str, Tensor]:
+        matched, tensors = owner.weights(part, config, shapes)
+        return {ours: tensors[name].reshape(shapes[ours]) for name, ours in matched.items()}
+
+    return stored
 
 
 def _vae_dtype(network: Vae, dtype: torch.dtype) -> torch.dtype:
@@ -144,7 +199,8 @@ class _Uninitialised(TorchFunctionMode):
 
 
 @contextmanager
-def _on_meta() -> Iterator[None]:
+def on_meta() -> Iterator[None]:
+    """Networks are built without memory inside it."""
     with torch.device("meta"), _Uninitialised():
         yield
 
@@ -152,30 +208,43 @@ def _on_meta() -> Iterator[None]:
 def unet_on_meta(folder: Path) -> UNet:
     """The U-Net that a folder's config.json describes, without weights."""
     path = folder / "config.json"
-    config = configs.unet_config(read_json(path), str(path))
-    with _on_meta():
-        return UNet(config)
+    return unet_of(read_json(path), str(path))
 
 
 def vae_on_meta(folder: Path) -> Vae:
     """The autoencoder that a folder's config.json describes, without weights."""
     path = folder / "config.json"
-    raw = read_json(path)
-    kind = configs.check_class(raw, ("AutoencoderKL", "AutoencoderTiny"), str(path))
-    if kind == "AutoencoderTiny":
-        tiny = configs.tiny_vae_config(raw, str(path))
-        with _on_meta():
-            return AutoencoderTiny(tiny)
-    config = configs.vae_config(raw, str(path))
-    with _on_meta():
-        return AutoencoderKL(config)
+    return vae_of(read_json(path), str(path))
 
 
 def text_encoder_on_meta(folder: Path) -> CLIPText:
     """The text encoder that a folder's config.json describes, without weights."""
     path = folder / "config.json"
-    config = configs.text_config(read_json(path), str(path))
-    with _on_meta():
+    return text_encoder_of(read_json(path), str(path))
+
+
+def unet_of(raw: dict[str, Any], where: str) -> UNet:
+    """The U-Net that a config.json describes, without weights."""
+    config = configs.unet_config(raw, where)
+    with on_meta():
+        return UNet(config)
+
+
+def vae_of(raw: dict[str, Any], where: str) -> Vae:
+    """The autoencoder that a config.json describes, without weights."""
+    if configs.check_class(raw, ("AutoencoderKL", "AutoencoderTiny"), where) == "AutoencoderTiny":
+        tiny = configs.tiny_vae_config(raw, where)
+        with on_meta():
+            return AutoencoderTiny(tiny)
+    config = configs.vae_config(raw, where)
+    with on_meta():
+        return AutoencoderKL(config)
+
+
+def text_encoder_of(raw: dict[str, Any], where: str) -> CLIPText:
+    """The text encoder that a config.json describes, without weights."""
+    config = configs.text_config(raw, where)
+    with on_meta():
         return CLIPText(config)
 
 
@@ -207,65 +276,6 @@ def check_fit(unet: UNet, vae: Vae, encoders: Sequence[CLIPText]) -> None:
 FIT = "these parts come from models of different families"
 
 
-def _refuse_file(path: Path) -> None:
-    if path.is_file():
-        if path.name.endswith(PICKLES):
-            raise unsafe(path)
-        raise CheckpointError(
-            f"{path} is a single file; a folder in the diffusers layout is needed",
-            "single files are not read by this release; `calotype inspect` says what it holds",
-        )
-
-
-# ---- which files ----
-
-
-def available(folder: Path) -> dict[str | None, tuple[str, str]]:
-    """The variants of a part's weights (None is the plain one) -> (stem, the file to start from)."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    for stem in STEMS:
-        if found := variants(names, stem):
-            return {variant: (stem, entry) for variant, entry in found.items()}
-    if pickled := sorted(name for name in names if name.endswith(PICKLES)):
-        raise unsafe(folder / pickled[0])
-    sharded = sorted(name for name in names if name.endswith(".safetensors"))
-    detail = f"; {sharded[0]} is not one of theirs" if sharded else ""
-    raise CheckpointError(
-        f"{folder} holds no weights: {' or '.join(stem + '.safetensors' for stem in STEMS)} is needed{detail}",
-        "if it is a download that was cut short, load it once more with a network",
-    )
-
-
-def check_variant(folders: Mapping[str, Path], variant: str | None) -> None:
-    """A variant that no part has is refused; parts without it fall back to their plain weights, with a warning."""
-    if variant is None:
-        return
-    weightless = ("tokenizer", "tokenizer_2", "scheduler")
-    found = {part: available(folder) for part, folder in folders.items() if part not in weightless}
-    lacking = [part for part, there in found.items() if variant not in there]
-    if len(lacking) == len(found):
-        there = sorted({name for variants_ in found.values() for name in variants_ if name is not None})
-        raise ModelNotFoundError(
-            f"no part of the model has the variant {shown(variant)}; there are: {', '.join(there) or 'none'}",
-            "leave the variant out for the plain weights",
-        )
-    if lacking:
-        message = f"{', '.join(lacking)}: no {variant} weights, the plain ones are used"
-        warnings.warn(message, CalotypeWarning, stacklevel=2)
-
-
-def weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """The files of one part's weights: the variant's; else the plain ones; else the only ones there are."""
-    found = available(folder)
-    chosen = next((key for key in (variant, None) if key in found), None)
-    if chosen is None and None not in found:
-        if len(found) > 1:
-            names = ", ".join(str(name) for name in sorted(found, key=str))
-            raise ModelNotFoundError(f"{folder} has only variants ({names})", "say which by variant")
-        chosen = next(iter(found))
-    return shards(folder, found[chosen][1])
-
-
 # ---- filling ----
 
 
@@ -274,15 +284,29 @@ def _load(
 ) -> Network:
     """Gives a network on the meta device the weights of a folder."""
     paths = weight_files(folder, variant)
+    matched = check(kind, merged_header(paths), network_shapes(network), folder)
+    return fill(network, matched, read(paths), folder, device, dtype)
+
+
+def fill(
+    network: Network,
+    matched: Mapping[str, str],
+    tensors: dict[str, Tensor],
+    where: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Network:
+    """Gives a network on the meta device its weights: `matched` has their names in `tensors` -> the network's.
+
+    What it has used it takes out of `tensors`. Raises CheckpointError for numbers that are not finite.
+    """
     shapes = network_shapes(network)
-    matched = check(kind, merged_header(paths), shapes, folder)
-    tensors = read(paths)
     weights = {}
     for name, ours in matched.items():
         tensor = tensors.pop(name)
         weight = tensor.reshape(shapes[ours]).to(device, dtype)
         if not is_finite(weight):
-            raise _not_finite(f"{folder}: {shown(name)}", tensor, dtype)
+            raise _not_finite(f"{where}: {shown(name)}", tensor, dtype)
         weights[ours] = weight
     network.load_state_dict(weights, strict=True, assign=True)
     return network.eval().requires_grad_(False)
@@ -300,14 +324,3 @@ def _not_finite(which: str, tensor: Tensor, dtype: torch.dtype) -> CheckpointErr
 def network_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     """A network's tensors by name."""
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-
-
-def merged_header(paths: Sequence[Path]) -> dict[str, TensorInfo]:
-    """The headers of a part's files as one."""
-    merged: dict[str, TensorInfo] = {}
-    for path in paths:
-        found = header(path)
-        if twice := found.keys() & merged.keys():
-            raise CheckpointError(f"{path} holds {shown(min(twice))}, which another file of the model holds too")
-        merged |= found
-    return merged

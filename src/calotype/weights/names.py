@@ -6,6 +6,13 @@ import re
 from typing import Literal
 
 Kind = Literal["unet", "vae", "text_encoder"]
+# A model's networks, by the names of their folders.
+KINDS: dict[str, Kind] = {
+    "unet": "unet",
+    "vae": "vae",
+    "text_encoder": "text_encoder",
+    "text_encoder_2": "text_encoder",
+}
 
 # Saved along with the weights, but not weights of the network.
 IGNORABLE: dict[Kind, re.Pattern[str]] = {

@@ -68,8 +68,12 @@ def read_pipeline(folder: Path) -> Pipeline:
                 "a folder in the diffusers layout is needed",
             )
         raise CheckpointError(f"{folder} {message}", hint)
-    raw = read_json(path)
-    fields = Fields(raw, str(path))
+    return pipeline_of(read_json(path), str(path))
+
+
+def pipeline_of(raw: dict[str, Any], path: str) -> Pipeline:
+    """What a model_index.json says. Raises CheckpointError for parts that are missing or not allowed."""
+    fields = Fields(raw, path)
     if raw.get("_class_name") not in PIPELINES:
         raise fields.refuse("_class_name", f"supported here are {', '.join(PIPELINES)}")
     classes = {}
@@ -114,13 +118,19 @@ def default_sampler(unet: UNetConfig, schedule: NoiseSchedule) -> str:
 
 
 def read_defaults(folder: Path, family: Family, unet: UNetConfig, schedule: NoiseSchedule, downscale: int) -> Defaults:
+    """The defaults of a model folder: see `defaults_of`."""
+    path = folder / "calotype.json"
+    return defaults_of(read_json(path) if path.is_file() else {}, str(path), family, unet, schedule, downscale)
+
+
+def defaults_of(
+    raw: dict[str, Any], path: str, family: Family, unet: UNetConfig, schedule: NoiseSchedule, downscale: int
+) -> Defaults:
     """The model's defaults: what calotype.json gives, and the family's for the rest.
 
     `downscale` is the autoencoder's pixels a latent. Raises CheckpointError for unknown fields and values out of range.
     """
-    path = folder / "calotype.json"
-    raw = read_json(path) if path.is_file() else {}
-    fields = Fields(raw, str(path))
+    fields = Fields(raw, path)
     known = ("sampler", "steps", "guidance", "width", "height", "guidance_range")
     if unknown := [name for name in raw if name not in known]:
         raise CheckpointError(f"{path} has the field {shown(unknown[0])}; known are {', '.join(known)}")

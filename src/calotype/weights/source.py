@@ -6,9 +6,9 @@ import difflib
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import cast
 
 from calotype.errors import CalotypeWarning, ModelNotFoundError
@@ -53,9 +53,10 @@ def resolve(
         hub_id = _hub_id(ref, revision)
         if hub_id is None:
             raise _not_found(ref)
-        root = _from_hub(hub_id, subfolder, variant, offline or _env_offline(), without)
+        where = str(hub_id)
+        root = _from_hub(hub_id, lambda files: needed(files, where, subfolder, variant, without), offline)
     elif revision is not None:
-        raise ModelNotFoundError(f"{root} is a local folder, which has no revision {shown(revision)}", "leave it out")
+        raise _no_revision(root, revision)
     if subfolder is None:
         return root
     if root.is_dir() and (root / subfolder / "config.json").is_file():
@@ -63,6 +64,69 @@ def resolve(
     if root.is_dir() and not (root / "config.json").is_file():
         raise ModelNotFoundError(f"{hub_id or root} has neither {subfolder}/config.json nor config.json")
     return root
+
+
+def resolve_file(
+    ref: str | Path,
+    name: str | None = None,
+    *,
+    preferred: Sequence[str] = (),
+    beside: Sequence[str] = (),
+    revision: str | None = None,
+    offline: bool = False,
+) -> Path:
+    """One .safetensors file: `ref` itself, or the file `name` of the folder or Hub id `ref`, downloaded if it must be.
+
+    Without a name it is the first of `preferred` that is there, else the only .safetensors file at the top. Files with
+    a name of `beside` in its folder come along. Raises ModelNotFoundError, UnsafeFileError.
+    """
+    ref = str(ref)
+    root = _local(ref)
+    if root is None:
+        hub_id = _hub_id(ref, revision)
+        if hub_id is None:
+            raise _not_found(ref)
+
+        def wanted(files: list[str]) -> list[str]:
+            file = choose_file(files, ref, name, preferred)
+            companions = {str(PurePosixPath(file).with_name(other)) for other in beside}
+            return [file, *(other for other in files if other in companions)]
+
+        root = _from_hub(hub_id, wanted, offline)
+    elif revision is not None:
+        raise _no_revision(root, revision)
+    if root.is_file():
+        if name is not None and root.name != name:
+            raise ModelNotFoundError(f"{root} is a file: {shown(name)} cannot be in it", "leave the file's name out")
+        return root
+    files = [path.name for path in root.iterdir() if path.is_file()]
+    if name is not None and (root / name).is_file():
+        files.append(name)  # it may lie deeper
+    return root / choose_file(files, ref, name, preferred)
+
+
+def _no_revision(root: Path, revision: str) -> ModelNotFoundError:
+    return ModelNotFoundError(f"{root} is on this machine, where it has no revision {shown(revision)}", "leave it out")
+
+
+def choose_file(files: Sequence[str], where: str, name: str | None, preferred: Sequence[str]) -> str:
+    """The file that `resolve_file` takes out of those of a folder or repository."""
+    if name is not None and name.endswith(PICKLES):
+        raise unsafe(f"{where}/{name}")
+    there = sorted(file for file in files if file.endswith(".safetensors") and "/" not in file)
+    if name is not None:
+        if name not in files:
+            listed = ", ".join(there[:10]) or "none at its top"
+            raise ModelNotFoundError(f"{where} has no file {shown(name)}; .safetensors files: {listed}")
+        return name
+    first = [file for file in preferred if file in there]
+    if first or len(there) == 1:
+        return (first or there)[0]
+    if there:
+        raise ModelNotFoundError(f"{where} has several files: {', '.join(there[:10])}", "say which by weight_name")
+    if pickles := sorted(file for file in files if file.endswith(PICKLES)):
+        raise unsafe(f"{where}/{pickles[0]}")
+    raise ModelNotFoundError(f"{where} has no .safetensors file")
 
 
 def _local(ref: str) -> Path | None:
@@ -105,10 +169,13 @@ def _hub_id(ref: str, revision: str | None) -> HubId | None:
 # ---- the Hub ----
 
 
-def _from_hub(hub_id: HubId, subfolder: str | None, variant: str | None, offline: bool, without: Sequence[str]) -> Path:
-    """The snapshot of a repository: downloaded, or from the cache where there is no network (or none is wanted)."""
+def _from_hub(hub_id: HubId, choose: Callable[[list[str]], list[str]], offline: bool) -> Path:
+    """The snapshot of a repository: downloaded, or from the cache where there is no network (or none is wanted).
+
+    `choose` takes the names of its files and gives those that are wanted.
+    """
     cached = cached_snapshot(hub_id)
-    if offline:
+    if offline or _env_offline():
         if cached is None:
             raise _not_found(str(hub_id), f"offline, and {hub_id} is not in the cache ({hub_cache()})", OFFLINE_HINT)
         return cached
@@ -120,8 +187,7 @@ def _from_hub(hub_id: HubId, subfolder: str | None, variant: str | None, offline
     unreachable = cast(tuple[type[Exception], ...], (OSError, *HfHubHTTPError.__bases__))
     try:
         info = HfApi().model_info(hub_id.repo, revision=hub_id.revision, timeout=10)
-        files = [file.rfilename for file in info.siblings or ()]
-        wanted = needed(files, str(hub_id), subfolder, variant, without)
+        wanted = choose([file.rfilename for file in info.siblings or ()])
         patterns = [name.replace("[", "[[]") for name in wanted]  # they are matched as fnmatch does
         return Path(
             snapshot_download(hub_id.repo, revision=hub_id.revision, allow_patterns=patterns, cache_dir=hub_cache())

@@ -1,0 +1,250 @@
+"""The adapters that are in force on a model: merged into its weights for plain inference, or live beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calotype.errors import CheckpointError, UsageError
+from calotype.lora.deltas import LoRA
+from calotype.lora.live import Scale, Term, hook, term
+from calotype.lora.names import MOTION, NETWORKS, networks
+from calotype.parts import Parts
+from calotype.weights.files import is_finite
+
+Target = tuple[str, str]  # network, parameter
+Share = tuple[str, float]  # adapter's name, its scale
+Mix = Mapping[str, float]
+
+
+class Stack:
+    """Adapters by name, and the mix {name: scale} of them that is merged into the weights.
+
+    A weight is always computed from its pristine value, which is read again from the model's files (`Parts.stored`): so
+    nothing accumulates, and the empty mix restores every weight bit for bit. Weights are written in place: no parameter
+    moves. (Those that are views of a mapped file are private to this process: the file stays as it is.)
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._loras: dict[str, LoRA] = {}
+        self._mix: dict[str, float] = {}
+        self._current: dict[Target, tuple[Tensor, list[Share]]] = {}  # each parameter that is not pristine
+        self._stored: dict[str, Mapping[str, Tensor]] = {}  # pristine weights: views of the mapped files
+        self._kept: dict[Target, Tensor] = {}  # pristine values of weights that came from no file
+        self._live: object = None  # which call of `live` is in force
+
+    @property
+    def loras(self) -> Mapping[str, LoRA]:
+        """Every adapter that is registered."""
+        return dict(self._loras)
+
+    @property
+    def mix(self) -> dict[str, float]:
+        """What is merged now, {name: scale}."""
+        return dict(self._mix)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The merged mix, as what it takes to make it again."""
+        return [
+            {"name": name, "ref": lora.ref, "weight_name": lora.weight_name, "scale": self._mix[name]}
+            for name, lora in self._loras.items()
+            if name in self._mix
+        ]
+
+    def use(self, parts: Parts) -> None:
+        """Goes on with the same networks after motion modules were put in or taken out: then `set` the mix again.
+
+        Adapters that change the old modules must be out of the mix before.
+        """
+        self._parts = parts
+        self._stored.pop("motion", None)
+
+    def add(self, name: str, lora: LoRA, scale: float = 1.0) -> frozenset[Target]:
+        """Registers an adapter and merges it beside the others. Returns what was written, as `set` does.
+
+        Raises UsageError where the name is taken, and what `set` raises; then it is not registered.
+        """
+        if name in self._loras:
+            raise UsageError(f"there is an adapter {name!r} already", "choose another name, or remove that one first")
+        self._loras[name] = lora
+        try:
+            return self.set({**self._mix, name: scale})
+        except BaseException:
+            del self._loras[name]
+            raise
+
+    def remove(self, name: str) -> frozenset[Target]:
+        """Forgets an adapter, and takes it out of the mix. Returns what was written. Raises UsageError."""
+        self._check_known([name])
+        written = self.set({other: scale for other, scale in self._mix.items() if other != name})
+        del self._loras[name]
+        return written
+
+    # ---- merged ----
+
+    def set(self, mix: Mix) -> frozenset[Target]:
+        """Replaces the whole mix: {name: scale}. Scales may be negative; their order means nothing.
+
+        Returns the parameters that were written: those whose share of the mix changed. Raises UsageError for an unknown
+        name, a scale that is no finite number and a mix that makes weights infinite, and CheckpointError where a weight
+        is not (or no longer) what the model's files hold. Everything is as it was then.
+        """
+        self._check_known(mix)
+        for name, scale in mix.items():
+            if not math.isfinite(scale):
+                raise UsageError(f"the scale of {name!r} is {scale}: a finite number is needed")
+        parameters, after = self._parameters(), self._shares(mix)
+        if missing := next((target for target in after if target not in parameters), None):
+            raise UsageError(
+                f"the adapter {after[missing][0][0]!r} changes {missing[0]}'s {missing[1]}, which is not there",
+                "a motion LoRA takes a motion adapter: set that first",
+            )
+        before = {target: shares for target, (at, shares) in self._current.items() if parameters.get(target) is at}
+        changed = [target for target in before | after if before.get(target) != after.get(target)]
+        written: list[Target] = []
+        try:
+            for target in changed:
+                pristine = self._pristine(target, parameters[target])
+                if target not in before:
+                    _check_untouched(target, parameters[target], pristine)
+                written.append(target)
+                self._write(target, parameters[target], pristine, after.get(target, []))
+        except BaseException:
+            for target in written:
+                pristine = self._pristine(target, parameters[target])
+                self._write(target, parameters[target], pristine, before.get(target, []))
+            raise
+        self._mix = dict(mix)
+        self._current = {target: (parameters[target], shares) for target, shares in after.items()}
+        self._kept = {target: value for target, value in self._kept.items() if target in after}
+        return frozenset(changed)
+
+    def _check_known(self, names: Collection[str]) -> None:
+        if unknown := [name for name in names if name not in self._loras]:
+            there = ", ".join(self._loras) or "none"
+            raise UsageError(f"no adapter {unknown[0]!r}: there are {there}", "add it first")
+
+    def _parameters(self) -> dict[Target, Tensor]:
+        return {
+            (network, name): parameter
+            for network, module in networks(self._parts).items()
+            for name, parameter in module.named_parameters()
+        }
+
+    def _shares(self, mix: Mix) -> dict[Target, list[Share]]:
+        """The adapters in a mix that change a parameter, in the order in which they were registered."""
+        shares: dict[Target, list[Share]] = {}
+        for name, lora in self._loras.items():
+            if mix.get(name, 0.0) != 0.0:
+                for target in _targets(lora):
+                    shares.setdefault(target, []).append((name, mix[name]))
+        return shares
+
+    def _pristine(self, target: Target, parameter: Tensor) -> Tensor:
+        """A parameter's value in the files; of one that came from none, a copy of what it is when first touched."""
+        network, name = target
+        part = "motion" if MOTION in name else network  # those have a file of their own
+        if part not in self._parts.stored:
+            return self._kept.setdefault(target, parameter.detach().clone())
+        if part not in self._stored:
+            self._stored[part] = self._parts.stored[part]()
+        return self._stored[part][name]
+
+    @torch.no_grad()
+    def _write(self, target: Target, parameter: Tensor, pristine: Tensor, shares: Sequence[Share]) -> None:
+        """Gives a parameter its value in place: the pristine one plus its changes, summed up in float32."""
+        if not shares:
+            parameter.copy_(pristine)
+            return
+        network, name = target
+        base = pristine.to(parameter.device, torch.float32)
+        (first, scale), *others = shares
+        total = self._loras[first].deltas[network][name](base, scale)
+        for lora, scale in others:
+            total += self._loras[lora].deltas[network][name](base, scale)
+        value = total.add_(base).to(parameter.dtype)
+        if not is_finite(value):
+            mix = ", ".join(f"{lora} {scale:g}" for lora, scale in shares)
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise UsageError(f"the mix ({mix}) leaves the range of {dtype} in {network}'s {name}", "scale it down")
+        parameter.copy_(value)
+
+    # ---- live ----
+
+    @contextmanager
+    def live(self, mix: Mapping[str, Scale], *, only: Collection[str] = NETWORKS) -> Iterator[None]:
+        """Within it the networks compute with these adapters on top of what is merged; no weight is written.
+
+        A scale is a number, or one for each row of the U-Net's batch, (B,): different mixes in one batch. For rows, say
+        `only=("unet",)` and encode each mix's text by itself: the text encoders have no such rows. Motion modules mix
+        all rows, so their scales must agree. Nested calls replace each other: the innermost counts, and `live({})` is
+        none. Gradients reach adapters whose tensors want them; with checkpointing, stay within for the backward pass.
+        Raises UsageError, CheckpointError.
+        """
+        self._check_known(mix)
+        terms = self._terms(mix, only)
+        outer, mine = self._live, object()
+        modules = {network: dict(module.named_modules()) for network, module in networks(self._parts).items()}
+        handles = [
+            modules[network][module].register_forward_hook(hook(added, lambda: self._live is not mine))
+            for (network, module), added in terms.items()
+        ]
+        self._live = mine
+        try:
+            yield
+        finally:
+            self._live = outer
+            for handle in handles:
+                handle.remove()
+
+    def _terms(self, mix: Mapping[str, Scale], only: Collection[str]) -> dict[Target, list[tuple[Scale, Term]]]:
+        """(network, module) -> what is added to its output, and by how much."""
+        modules, terms = networks(self._parts), dict[Target, list[tuple[Scale, Term]]]()
+        for name, lora in self._loras.items():
+            for network, parameter in _targets(lora) if name in mix else ():
+                if network not in only:
+                    continue
+                path, _, last = parameter.rpartition(".")
+                module = modules[network].get_submodule(path)
+                scale = _scale_for(name, mix[name], network, parameter)
+                pristine = partial(self._pristine, (network, parameter), module.get_parameter(last))
+                added = term(module, last, lora.deltas[network][parameter], pristine)
+                terms.setdefault((network, path), []).append((scale, added))
+        return terms
+
+
+def _targets(lora: LoRA) -> Iterator[Target]:
+    for network, deltas in lora.deltas.items():
+        for parameter in deltas:
+            yield network, parameter
+
+
+def _check_untouched(target: Target, parameter: Tensor, pristine: Tensor) -> None:
+    """A weight that no adapter has changed is what its file holds: else the file, or the weight, was changed since."""
+    if not torch.equal(parameter, pristine.to(parameter.device, parameter.dtype)):
+        raise CheckpointError(
+            f"{target[0]}'s {target[1]} is not what the model's files hold", "they were changed: load the model again"
+        )
+
+
+def _scale_for(name: str, scale: Scale, network: str, parameter: str) -> Scale:
+    """A scale as it can be used in a network."""
+    if not isinstance(scale, Tensor) or scale.ndim == 0:
+        return scale
+    if network != "unet":
+        raise UsageError(f"{name!r} has a scale for each row, and changes {network}, which has no such rows", ROWS)
+    if MOTION in parameter:
+        if not bool((scale == scale[0]).all()):
+            raise UsageError(f"{name!r} changes motion modules, which mix all rows: one scale is needed", ROWS)
+        return scale[0]
+    return scale
+
+
+ROWS = 'say only=("unet",) and encode the text of each mix by itself; motion takes one scale'

@@ -1,0 +1,376 @@
+"""From a request to a Job: everything that is decided, encoded and drawn before the first step.
+
+Noise is drawn in the reference's order, for each task its own (see `_draw`): the same seed, the same picture.
+Shapes: n pictures of a request, or n clips of F frames: n F rows, clip by clip; latents (n F, C, h, w).
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from calotype import images, latents, masks
+from calotype.errors import CalotypeWarning, UsageError
+from calotype.generate import Guidance, Job, Steering
+from calotype.nn.controlnet import ControlNet
+from calotype.nn.t2i_adapter import T2IAdapter
+from calotype.nn.tiny_vae import AutoencoderTiny
+from calotype.nn.unet import Conditioning
+from calotype.nn.windows import LENGTH, OVERLAP, context_windows
+from calotype.parts import Parts
+from calotype.request import Control, Request
+from calotype.sampling import Source, draw, draws_needed, generators_for, grid_for, sampler_for
+from calotype.schedule import NoiseSchedule
+
+IMAGE_STRENGTH = 0.5  # of image to image, where a request leaves it open; inpainting paints anew: 1
+CHUNK = 16  # frames whose posteriors the reference draws in one call
+MOST_PIXELS = 4  # a picture gives its size to a request that has none, up to so many times the model's own pixels
+
+
+# ---- deciding ----
+
+
+def resolve(parts: Parts, request: Request) -> Request:
+    """The request with everything that it leaves open filled in from the model: steps, guidance, size, sampler, seed.
+
+    Raises UsageError for what this model cannot do; warns (CalotypeWarning) of what it will do badly.
+    """
+    defaults = parts.defaults
+    sampler = defaults.sampler if request.sampler is None else request.sampler
+    steps = defaults.steps if request.steps is None else request.steps
+    if request.timesteps is not None:
+        steps = len(request.timesteps)
+    strength = request.strength
+    if request.image is not None and strength is None:
+        strength = IMAGE_STRENGTH if request.mask is None else 1.0
+    width, height = _size(parts, request)
+    resolved = replace(
+        request,
+        sampler=sampler,
+        steps=steps,
+        guidance=defaults.guidance if request.guidance is None else request.guidance,
+        width=width,
+        height=height,
+        strength=strength,
+        seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
+    )
+    _grid(resolved, parts.schedule)  # raises where there is none
+    _check_size(parts, resolved)
+    _check_guidance(parts, resolved)
+    _check_task(parts, resolved)
+    return resolved
+
+
+def _size(parts: Parts, request: Request) -> tuple[int, int]:
+    """Width and height: the request's; else those of its first picture, if that is not too large; else the model's."""
+    defaults, pictures = parts.defaults, [request.image, *(control.image for control in request.controls)]
+    first = next((each[0] if isinstance(each, tuple) else each for each in pictures if each is not None), None)
+    width, height = defaults.width, defaults.height
+    if first is not None and request.mask_crop is None:
+        shrink = min(1.0, math.sqrt(MOST_PIXELS * width * height / (first.width * first.height)))
+        multiple = parts.vae.config.downscale
+        width, height = (max(1, int(side * shrink) // multiple) * multiple for side in first.size)
+    return request.width or width, request.height or height
+
+
+def _check_size(parts: Parts, request: Request) -> None:
+    multiple = parts.vae.config.downscale
+    for name in ("width", "height"):
+        pixels = getattr(request, name)
+        if pixels % multiple:
+            raise UsageError(
+                f"{name} is {pixels}: must be a multiple of {multiple} for this model",
+                hint=f"try {max(1, round(pixels / multiple)) * multiple}",
+            )
+
+
+def _check_guidance(parts: Parts, request: Request) -> None:
+    embedded, guidance = parts.unet.config.guidance_dim is not None, request.guidance
+    trained = parts.defaults.guidance_range
+    assert guidance is not None
+    messages = []
+    if embedded and trained is not None and not trained[0] <= guidance <= trained[1]:
+        messages.append(
+            f"guidance {guidance:g} is outside what this model was trained for ({trained[0]:g} to {trained[1]:g})"
+        )
+    if request.negative_prompt and embedded:
+        messages.append("the negative prompt has no effect: this model takes its guidance as an embedding")
+    elif request.negative_prompt and guidance <= 1:
+        messages.append(f"the negative prompt has no effect at guidance {guidance:g}: give more than 1")
+    if request.guidance_steps is not None and embedded:
+        messages.append("guidance_steps has no effect: this model takes its guidance as an embedding")
+    for message in messages:
+        warnings.warn(message, CalotypeWarning, stacklevel=4)
+
+
+def _check_task(parts: Parts, request: Request) -> None:
+    channels, latent = parts.unet.config.in_channels, parts.vae.config.latent_channels
+    if channels != latent and request.mask is None:
+        raise UsageError(
+            f"this model's U-Net takes {channels} channels: it is made for inpainting, and there is no mask",
+            hint="give an image and a mask; an all-white mask repaints everything",
+        )
+    if request.frames is not None and parts.motion is None:
+        raise UsageError(
+            f"frames is {request.frames}, and the model has no motion adapter",
+            hint="engine.set_motion(...) or --motion gives it one",
+        )
+    if request.mask is not None:
+        masks.check(request.mask, request.mask_feather)
+    for control in request.controls:
+        if control.name not in parts.controls:
+            known = ", ".join(parts.controls) or "none"
+            raise UsageError(
+                f"there is no control {control.name!r}: the engine has {known}",
+                hint="engine.add_control(...) or --control REF=IMAGE adds one",
+            )
+
+
+def _grid(request: Request, schedule: NoiseSchedule) -> tuple[float, ...]:
+    """The timesteps of a resolved request. Raises UsageError."""
+    assert request.sampler is not None, "the request is not resolved"
+    assert request.steps is not None
+    strength = 1.0 if request.strength is None else request.strength
+    return tuple(grid_for(request.sampler, schedule, request.steps, request.timesteps, strength))
+
+
+# ---- drawing ----
+
+
+@dataclass(frozen=True, eq=False)
+class _Draws:
+    """All noise of a request, in rows; each a tensor (n F, C, h, w) float32 on the CPU."""
+
+    posterior: Tensor | None  # of the picture to start from
+    masked: Tensor | None  # of the picture with the mask's hole
+    steps: list[Tensor]  # the start, and what is added between steps
+
+
+def _draw(parts: Parts, request: Request, steps: int) -> _Draws:
+    """Text: start, steps. Picture: its posterior, start, steps. Mask: posterior (with 9 channels only at a strength
+    below 1), start, the masked picture's posterior (drawn even where it has no use), steps. Clips: each draw has
+    frames inside; but the posteriors of frames to start from, 16 at a time, and their start have them outside.
+    """
+    config, generators = parts.vae.config, generators_for(seeds(request))
+    assert request.width is not None
+    assert request.height is not None
+    C, h, w = config.latent_channels, request.height // config.downscale, request.width // config.downscale
+    frames = request.frames
+
+    def rows(inside: bool = True) -> Tensor:
+        if frames is None:
+            return draw(generators, (C, h, w))
+        if inside:
+            return draw(generators, (C, frames, h, w)).transpose(1, 2).flatten(0, 1)
+        return draw(generators, (frames, C, h, w)).flatten(0, 1)
+
+    def posterior() -> Tensor | None:
+        if isinstance(parts.vae, AutoencoderTiny):  # it encodes to a point
+            return None
+        if frames is None:
+            return draw(generators, (C, h, w))
+        sizes = [min(CHUNK, frames - i) for i in range(0, frames, CHUNK)]
+        return torch.cat([draw(generators, (some, C, h, w)) for some in sizes], dim=1).flatten(0, 1)
+
+    picture = masked = None
+    if request.image is not None and (_plain(parts) or request.strength != 1):
+        picture = posterior()
+    start = rows(inside=request.image is None)
+    if request.mask is not None:
+        masked = posterior()
+    return _Draws(picture, masked, [start, *(rows() for _ in range(steps - 1))])
+
+
+def _plain(parts: Parts) -> bool:
+    """Whether the network takes latents and nothing beside them."""
+    return parts.unet.config.in_channels == parts.vae.config.latent_channels
+
+
+# ---- preparing ----
+
+
+@torch.inference_mode()
+def prepare(parts: Parts, request: Request) -> Job:
+    """Encodes text and pictures, and draws all noise, of a resolved request."""
+    assert request.sampler is not None, "the request is not resolved"
+    assert request.guidance is not None
+    assert request.width is not None
+    assert request.height is not None
+    weight, size = next(parts.unet.parameters()), (request.width, request.height)
+    schedule, windows = parts.schedule, tuple[range, ...]()
+    if request.frames is not None and parts.motion is not None:
+        schedule, windows = parts.motion.schedule, _windows(request.frames, parts.motion.adapter.config.max_frames)
+    times = _grid(request, schedule)
+    draws = _draw(parts, request, draws_needed(request.sampler, len(times), request.gamma))
+    noise = [each.to(weight.device, weight.dtype) for each in draws.steps]
+    rows = len(noise[0])
+
+    conditioning, negative = condition(
+        parts,
+        [request.prompt] * request.n,
+        request.negative_prompt,
+        request.guidance,
+        size,
+        clip_skip=request.clip_skip,
+        emphasis=request.emphasis,
+    )
+    if request.frames is not None:
+        each = torch.arange(request.n, device=weight.device).repeat_interleave(request.frames)
+        conditioning = conditioning.select(each)
+        negative = None if negative is None else negative.select(each)
+    guidance = Guidance(schedule, request.guidance, negative, request.guidance_steps, request.guidance_mode)
+
+    source = beside = finish = None
+    if request.image is not None:
+        task = _picture_task(parts, request, size, rows, draws)
+        source, beside, finish = task.source, task.beside, task.finish
+    sampler = sampler_for(request.sampler, schedule, times, noise, source, request.gamma)
+    controls = tuple(_steering(parts, control, request, size, rows) for control in request.controls if control.scale)
+    return Job(request, times, sampler, conditioning, guidance, controls, windows, beside, finish)
+
+
+def _windows(frames: int, longest: int) -> tuple[range, ...]:
+    """A clip as a whole where the motion adapter knows positions for it, else in windows as it was trained on."""
+    if frames <= longest:
+        return (range(frames),)
+    length = min(LENGTH, longest)
+    return tuple(context_windows(frames, length, min(OVERLAP, length - 1)))
+
+
+def seeds(request: Request) -> list[int]:
+    """The seed of each picture: they count up from the request's."""
+    assert request.seed is not None
+    return [request.seed + i for i in range(request.n)]
+
+
+# ---- text ----
+
+
+def condition(
+    parts: Parts,
+    prompts: Sequence[str],
+    negative: str,
+    guidance: float,
+    size: tuple[int, int],
+    *,
+    clip_skip: int | None = None,
+    emphasis: bool = False,
+) -> tuple[Conditioning, Conditioning | None]:
+    """What steers the network, a row for each prompt; and the negative prompt's rows, for a second evaluation.
+
+    size: width and height in pixels. A guidance embedding takes the scale itself: there is no second evaluation then.
+    """
+    n, config, weight = len(prompts), parts.unet.config, next(parts.unet.parameters())
+    embedded = config.guidance_dim is not None
+    time_ids = None
+    if config.addition_in_dim is not None:  # SDXL: original size, crop, target size
+        height_width = (float(size[1]), float(size[0]))
+        time_ids = torch.tensor([*height_width, 0.0, 0.0, *height_width], device=weight.device).expand(n, 6)
+    w = torch.full((n,), guidance - 1.0, device=weight.device) if embedded else None
+
+    twice = not embedded and guidance > 1
+    texts = {*prompts, negative} if twice else set(prompts)
+    chunks = max(parts.text.chunks(text, emphasis=emphasis) for text in texts)
+    context, pooled = parts.text.encode(prompts, clip_skip=clip_skip, emphasis=emphasis, chunks=chunks)
+    pooled = None if pooled is None else pooled.to(weight)
+    text = Conditioning(context.to(weight), pooled, time_ids, w)
+    if not twice:
+        return text, None
+    # The negative prompt is read to the text encoder's end, without CLIP skip, as diffusers does.
+    context, pooled = parts.text.encode([negative], emphasis=emphasis, chunks=chunks)
+    if parts.zero_empty_negative and negative == "":  # SDXL was trained so: no text is zeros, not the embedding of ""
+        context, pooled = torch.zeros_like(context), None if pooled is None else torch.zeros_like(pooled)
+    pooled = None if pooled is None else pooled.to(weight).expand(n, -1)
+    return text, Conditioning(context.to(weight).expand(n, -1, -1), pooled, time_ids)
+
+
+# ---- pictures ----
+
+
+@dataclass(frozen=True, eq=False)
+class _PictureTask:
+    source: Source
+    beside: Tensor | None
+    finish: Callable[[list[Image.Image]], list[Image.Image]] | None
+
+
+def _picture_task(parts: Parts, request: Request, size: tuple[int, int], rows: int, draws: _Draws) -> _PictureTask:
+    """Image to image and inpainting: what the sampler starts from, what the network sees beside, what is put back."""
+    weight = next(parts.unet.parameters())
+    assert request.image is not None
+    pictures = request.image if isinstance(request.image, tuple) else (request.image,)
+    plain, noised = _plain(parts), request.mask is None or request.strength != 1
+    if request.mask is None:
+        pixels = torch.cat([images.to_tensor(images.resize(each, *size, request.resize)) for each in pictures])
+        x0 = latents.encode(parts, pixels, draws.posterior)
+        return _PictureTask(Source(_rows(x0, rows).to(weight)), None, None)
+
+    region = None if request.mask_crop is None else masks.crop_box(request.mask, size, request.mask_crop)
+    cut = [each if region is None else each.crop(region) for each in (*pictures, request.mask)]
+    # A cut part keeps its proportions whatever the mode: `masks.paste` takes the margins away again.
+    *scaled, mask = [images.resize(each, *size, request.resize if region is None else "pad") for each in cut]
+    hole = masks.to_tensor(mask)  # (1, 1, H, W), 0 or 1
+    pixels = torch.cat([images.to_tensor(each) for each in scaled])
+    small = masks.to_latents(hole, parts.vae.config.downscale).to(weight)
+
+    beside = None
+    if not plain:
+        seen = _rows(latents.encode(parts, pixels * (hole < 0.5), draws.masked), rows).to(weight)
+        beside = torch.cat([small.expand(rows, -1, -1, -1), seen], dim=1)
+    x0 = torch.zeros_like(draws.steps[0])
+    if plain or noised:
+        x0 = _rows(latents.encode(parts, pixels, draws.posterior), rows)
+    source = Source(x0.to(weight), small if plain else None, noised)
+    finish = partial(_put_back, request=request, scaled=scaled, mask=mask, region=region)
+    return _PictureTask(source, beside, finish)
+
+
+def _put_back(
+    painted: list[Image.Image],
+    *,
+    request: Request,
+    scaled: list[Image.Image],
+    mask: Image.Image,
+    region: tuple[int, int, int, int] | None,
+) -> list[Image.Image]:
+    """The painted pictures with all that the mask leaves black as it was, bit for bit."""
+    soft = masks.feather(mask, request.mask_feather)
+    whole = [masks.composite(scaled[i % len(scaled)], each, soft) for i, each in enumerate(painted)]
+    if region is None:
+        return whole
+    assert isinstance(request.image, Image.Image)
+    assert request.mask is not None
+    soft = masks.feather(request.mask, request.mask_feather)
+    return [masks.paste(request.image, each, region, soft) for each in painted]
+
+
+def _steering(parts: Parts, control: Control, request: Request, size: tuple[int, int], rows: int) -> Steering:
+    """A control of the request: its picture embedded, and a T2I-Adapter evaluated."""
+    network = parts.controls[control.name]
+    weight = next(network.parameters())
+    pictures = control.image if isinstance(control.image, tuple) else (control.image,)
+    if isinstance(network, T2IAdapter) and network.config.in_channels == 1:
+        pictures = tuple(each.convert("L") for each in pictures)
+    pixels = torch.cat([images.to_unit(images.resize(each, *size, request.resize)) for each in pictures])
+    if isinstance(network, T2IAdapter):
+        pixels = pixels[:, : network.config.in_channels]  # of grey, all are equal
+        residuals = network(pixels.to(weight)).scaled(control.scale)
+        return Steering(
+            control.start, control.end, control.scale, None, residuals=residuals.repeat(rows // len(pixels))
+        )
+    assert isinstance(network, ControlNet)
+    hint = _rows(network.embed_hint(pixels.to(weight)), rows)
+    return Steering(control.start, control.end, control.scale, network, hint)
+
+
+def _rows(x: Tensor, rows: int) -> Tensor:
+    """(1 or F, ...) as (n F, ...): the same for each clip."""
+    return x.repeat(rows // len(x), *(1 for _ in x.shape[1:]))

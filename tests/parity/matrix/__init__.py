@@ -1,0 +1,1 @@
+"""Every task with every adapter, in two programs: the same cell asked of calotype and of diffusers."""

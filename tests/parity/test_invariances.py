@@ -1,0 +1,126 @@
+"""What must hold for every combination, those that diffusers lacks included: what is switched off is not there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import MotionAdapter
+from matrix.cells import ADAPTERS, CANDIDATES, LACKING, Cell
+from matrix.compare import Matrix
+from reference import distance
+from torch import Tensor
+
+import calotype
+
+ALONE = 1e-5
+PLAIN = Cell("sd15", "lcm", "text", "none", "embedded")
+# One cell of each task and adapter, the families and models in turn.
+EACH = [
+    next(cell for cell in (*CANDIDATES[turn:], *CANDIDATES) if (cell.task, cell.adapter) == combination)
+    for turn, combination in zip(
+        range(0, len(CANDIDATES), 7),
+        dict.fromkeys((cell.task, cell.adapter) for cell in CANDIDATES),
+        strict=False,
+    )
+]
+
+
+def latents(engine: calotype.Engine, request: calotype.Request, **changes: Any) -> Tensor:
+    *_, last = engine.stream(replace(request, **changes))
+    return last.x
+
+
+def test_each_combination_is_here() -> None:
+    assert {(cell.task, cell.adapter) for cell in EACH} == {(cell.task, cell.adapter) for cell in CANDIDATES}
+    assert {adapter for _, adapter in ((cell.task, cell.adapter) for cell in EACH)} == set(ADAPTERS)
+    assert any(cell in LACKING for cell in EACH)
+
+
+# ---- alone and in a batch ----
+
+
+@pytest.mark.parametrize("cell", EACH, ids=str)
+def test_a_picture_of_several_is_that_of_its_seed(matrix: Matrix, cell: Cell) -> None:
+    """Whatever the task and the adapters: of clips, all frames."""
+    together = matrix.ours(cell, n=2)
+    rows = len(together) // 2
+    assert torch.isfinite(together).all()
+    for i, own in enumerate(together.split(rows)):
+        assert distance(own, matrix.ours(cell, seed=7 + i)) < ALONE
+    assert distance(together[:rows], together[rows:]) > 1e-2
+
+
+# ---- switched off ----
+
+
+@pytest.mark.parametrize("cell", [cell for cell in EACH if cell.controls], ids=str)
+def test_a_control_of_scale_0_is_none(matrix: Matrix, cell: Cell) -> None:
+    engine, request = matrix.ours.prepared(cell), matrix.ours.request(cell)
+    off = tuple(replace(control, scale=0.0) for control in request.controls)
+    without = latents(engine, request, controls=())
+    assert torch.equal(latents(engine, request, controls=off), without)
+    assert distance(latents(engine, request), without) > 1e-3
+
+
+@pytest.mark.parametrize("adapter", ["control", "t2i"])
+def test_a_control_acts_in_its_share_of_the_steps_alone(matrix: Matrix, adapter: str) -> None:
+    """Of three steps, the first half holds one whole step, and the sixth after it none."""
+    cell = replace(PLAIN, adapter=adapter)
+    engine, request = matrix.ours.prepared(cell), matrix.ours.request(cell)
+    (control,) = request.controls
+
+    def during(start: float, end: float) -> Tensor:
+        return latents(engine, request, controls=(replace(control, start=start, end=end),))
+
+    assert torch.equal(during(0.5, 0.66), latents(engine, request, controls=()))
+    assert torch.equal(during(0.0, 0.5), during(0.0, 0.34))
+    assert distance(during(0.0, 0.5), during(0.5, 1.0)) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "ssd1b"])
+def test_no_loras_are_the_model_itself(matrix: Matrix, family: str) -> None:
+    """Bit for bit, after mixes that touch every layer and the text encoders."""
+    plain, mixed = (Cell(family, "lora", "text", adapter, "off") for adapter in ("none", "styles"))
+    fresh = calotype.load(matrix.world.model(family, "lora", 4), device="cpu", dtype="float32")
+    request = matrix.ours.request(plain)
+    matrix.ours(mixed)
+    engine = matrix.ours.prepared(mixed)
+    assert distance(latents(engine, request), latents(fresh, request)) > 1e-2
+    engine.set_loras({})
+    assert torch.equal(latents(engine, request), latents(fresh, request))
+
+
+@pytest.mark.parametrize("adapter", ["none", "control", "motion"])
+def test_a_white_mask_is_no_mask(matrix: Matrix, adapter: str) -> None:
+    """With a sampler that draws no noise on the way: the masked picture's posterior has taken one draw by then."""
+    cell = Cell("sd15", "lora", "image", adapter, "cfg")
+    engine, request = matrix.ours.prepared(cell), replace(matrix.ours.request(cell), sampler="ddim")
+    white = matrix.world.mask.point(lambda _: 255)
+    assert torch.equal(latents(engine, request, mask=white), latents(engine, request))
+    assert distance(latents(engine, request, mask=matrix.world.mask), latents(engine, request)) > 1e-2
+
+
+@pytest.mark.parametrize("task", ["text", "image"])
+@pytest.mark.parametrize(("family", "model"), [("sd15", "lcm"), ("sdxl", "lora")])
+def test_a_clip_of_one_frame_without_motion_is_a_picture(
+    matrix: Matrix, tmp_path: Path, family: str, model: str, task: str
+) -> None:
+    """Motion modules that put nothing out, and the picture's betas."""
+    cell = Cell(family, model, task, "none", "embedded" if model == "lcm" else "cfg")
+    adapter = MotionAdapter.from_pretrained(matrix.world.motion(family))
+    for name, parameter in adapter.named_parameters():
+        if ".proj_out." in name:
+            torch.nn.init.zeros_(parameter)
+    adapter.save_pretrained(tmp_path / "still")
+    engine = calotype.load(matrix.world.model(family, model, 4), device="cpu", dtype="float32")
+    request = matrix.ours.request(cell)
+    picture = latents(engine, request)
+    engine.set_motion(tmp_path / "still", beta_schedule="scaled_linear")
+    assert torch.equal(latents(engine, request), picture)
+    assert distance(latents(engine, request, frames=1), picture) < ALONE
+    engine.set_motion(matrix.world.motion(family), beta_schedule="scaled_linear")
+    assert distance(latents(engine, request, frames=1), picture) > 1e-3
