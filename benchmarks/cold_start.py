@@ -26,12 +26,13 @@ def main() -> None:
     args = parser.parse_args()
     guidance = json.loads((args.folder / "calotype.json").read_text())["guidance"]
     same = ["astronaut", "--steps", "4", "--seed", "0", "--guidance", str(guidance)]
+    ours_only = ["--sampler", "lcm"]  # diffusers' default for this folder, not ours
     with tempfile.TemporaryDirectory() as scratch:
         ours, theirs = Path(scratch, "calotype.png"), Path(scratch, "diffusers.png")
         peer = str(ROOT / "benchmarks/peer_diffusers.py")
         model = [] if args.folder == SHIPPED else ["--model", str(args.folder)]
         commands = {
-            "calotype": [CALOTYPE, *same, "-o", str(ours), *model],
+            "calotype": [CALOTYPE, *same, *ours_only, "-o", str(ours), *model],
             "diffusers": [sys.executable, peer, str(args.folder), *same, "-o", str(theirs)],
             "python -c 'import torch'": [sys.executable, "-c", "import torch"],
         }

@@ -34,9 +34,10 @@ OPTIONS = {
     "inspect": "model --json --revision --offline --debug",
     "convert": "model output --dtype --half --force --prediction --variant --revision --offline --debug",
     "distill": """
-        teacher data --output -o --student --max-train-steps --train-batch-size --learning-rate --lr-scheduler
-        --lr-warmup-steps --resolution --seed --w-min --w-max --skipping-step --solver-substeps --timestep-power
-        --ema-decay --huber-c --mixed-precision --checkpointing-steps --resume --device --offline --quiet -q --debug
+        teacher data --output -o --student --lora --lora-rank --sampler --max-train-steps --train-batch-size
+        --learning-rate --lr-scheduler --lr-warmup-steps --resolution --seed --w-min --w-max --skipping-step
+        --solver-substeps --timestep-power --ema-decay --huber-c --mixed-precision --checkpointing-steps
+        --resume --device --offline --quiet -q --debug
     """,
     "eval": """
         model --teacher --teacher-unet --prompts --samples --steps --guidance --batch --cache --output -o --seed

@@ -246,7 +246,7 @@ class _Kind:
 
 _KINDS: dict[str, _Kind] = {
     "LCMScheduler": _Kind("lcm", 0.00085, 0.012, "scaled_linear", "leading"),
-    "TCDScheduler": _Kind("ddim", 0.00085, 0.012, "scaled_linear", "leading"),
+    "TCDScheduler": _Kind("tcd", 0.00085, 0.012, "scaled_linear", "leading"),
     "DDIMScheduler": _Kind(spacing="leading", clip_sample=True),
     "DDIMParallelScheduler": _Kind(spacing="leading", clip_sample=True),
     "DDPMScheduler": _Kind(spacing="leading", clip_sample=True),

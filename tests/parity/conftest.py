@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import topologies
 from matrix.compare import Matrix
+from matrix.world import World
 from reference import SHIPPED, Agreement, Pair
 
 RECORD = pytest.StashKey[dict[tuple[str, str], float]]()
@@ -36,7 +37,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
 @pytest.fixture(scope="session")
 def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     """Both programs over the models and adapters of the parity matrix, each written and loaded when first asked for."""
-    return Matrix(tmp_path_factory.mktemp("matrix"))
+    return Matrix(World(tmp_path_factory.mktemp("matrix")))
 
 
 @pytest.fixture

@@ -50,7 +50,10 @@ class Pair:
         return pipeline
 
     def ours(self, prompt: str, **fields: Any) -> Picture:
-        """Through the public interface: stream a request, decode at its end."""
+        """Through the public interface: stream a request, decode at its end. As diffusers, by the folder's scheduler,
+        whatever our own default is.
+        """
+        fields.setdefault("sampler", self.engine.parts.schedule.default_sampler)
         stream = self.engine.stream(calotype.Request(prompt, **fields))
         while True:
             try:

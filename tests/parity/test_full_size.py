@@ -1,4 +1,6 @@
-"""The structure of LCM_Dreamshaper_v7 at its full size: 1.07 billion parameters, 4.3 GB, one program at a time."""
+"""Models of the real sizes, one program at a time: LCM_Dreamshaper_v7's structure (1.07 billion parameters, 4.3 GB)
+stage by stage, and cells of the matrix at the size of Stable Diffusion 1.5 and of SDXL (3.5 billion, 14 GB).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,11 @@ from typing import Any
 import pytest
 import topologies
 import torch
-from reference import NETWORK, Agreement, Pair, Picture, distance
+from matrix.cells import CELLS, Cell
+from matrix.compare import Matrix
+from matrix.theirs import Theirs
+from matrix.world import World
+from reference import LATENTS, NETWORK, Agreement, Pair, Picture, distance
 from torch import Tensor
 
 from calotype.nn.unet import Conditioning
@@ -87,3 +93,36 @@ def test_full_size(folder: Path, agree: Agreement) -> None:
     for steps in STEPS:
         agree.pictures(NAME, made_pictures[steps], pictures[steps])
     assert distance(pictures[1].latents, pictures[2].latents) > 1e-2
+
+
+# ---- cells of the matrix ----
+
+FULL_CELLS = (
+    Cell("sd15", "lcm", "text", "control", "embedded"),
+    Cell("sd15", "lora", "inpaint 4, part", "control", "cfg"),
+    Cell("sd15", "lora", "text", "motion, lora", "off"),
+    Cell("sdxl", "lcm", "text", "t2i", "embedded"),
+    Cell("sdxl", "lora", "image", "style", "off"),
+)
+
+
+@pytest.fixture(scope="module", params=("sd15", "sdxl"))
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, World]]:
+    """A family, and its models and adapters: up to 25 GB."""
+    path = tmp_path_factory.mktemp(request.param)
+    yield request.param, World(path, full=True)
+    shutil.rmtree(path)
+
+
+def test_cells_at_full_size(world: tuple[str, World], agree: Agreement, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each program has the memory to itself: first diffusers, then calotype, loading its parts anew for each cell."""
+    family, models = world
+    monkeypatch.setattr(Theirs, "pristine", lambda self, network: dict(network.named_parameters()))  # no second copy
+    for cell in (cell for cell in FULL_CELLS if cell.family == family):
+        assert cell in CELLS
+        wanted = Matrix(models).theirs(cell)
+        gc.collect()
+        error = Matrix(models).between(cell, Matrix(models).ours(cell), wanted)
+        gc.collect()
+        assert agree.note(f"{family}, full", f"{cell.task}, {cell.adapter}", error) < LATENTS
+        assert wanted.std() > 0.1

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import topologies
 import torch
+from diffusers import StableDiffusionPipeline, TCDScheduler
 from reference import LATENTS, SHIPPED, Agreement, Pair, distance, share_off
 
 import calotype
@@ -45,6 +46,27 @@ def test_consistency_models(pairs: Pairs, agree: Agreement, model: str, steps: i
     """The guidance is embedded; LCM's scheduler, noise drawn between the steps."""
     check(pairs(model), agree, **FOX, steps=steps, guidance=6.0)
     check_the_prompt_matters(pairs(model), **FOX, steps=steps, guidance=6.0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_the_shipped_model_by_its_own_default(pairs: Pairs, agree: Agreement, steps: int) -> None:
+    """Strategic stochastic sampling, gamma 0.3; in diffusers another scheduler and pipeline for the same folder."""
+    pair = pairs(SHIPPED)
+    assert pair.engine.parts.defaults.sampler == "tcd"
+    parts = pair.pipeline.components | {"scheduler": TCDScheduler(steps_offset=1)}  # an offset without effect
+    theirs = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    request = {name: FOX[name] for name in ("prompt", "width", "height")}
+    wanted = theirs(
+        **request,
+        num_inference_steps=steps,
+        guidance_scale=6.0,
+        eta=0.3,
+        generator=torch.Generator().manual_seed(FOX["seed"]),
+        output_type="latent",
+    ).images
+    made = pair.ours(**FOX, steps=steps, guidance=6.0, sampler="tcd").latents
+    assert agree.note(SHIPPED, "tcd", distance(made, wanted)) < LATENTS
 
 
 # What may differ between requests, on the models where it means something.
@@ -139,7 +161,7 @@ def test_a_picture_of_several_is_that_of_its_seed(pairs: Pairs, model: str) -> N
 @pytest.mark.parametrize("model", [SHIPPED, "sdxl"])
 def test_streaming_and_calling_agree(pairs: Pairs, model: str) -> None:
     pair = pairs(model)
-    request = {**FOX, "steps": 3, "guidance": 4.0}
+    request = {**FOX, "steps": 3, "guidance": 4.0, "sampler": "lcm"}
     streamed, called = pair.ours(**request), pair.engine(**request)
     assert [np.asarray(image).tobytes() for image in streamed.images] == [
         np.asarray(image).tobytes() for image in called.images

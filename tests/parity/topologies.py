@@ -166,6 +166,41 @@ def sdxl(folder: Path, *, lcm: bool = False) -> None:
     write_xl_rest(folder, "LCM" if lcm else "EulerDiscrete")
 
 
+def sdxl_full(folder: Path) -> None:
+    """SDXL at its full size: 2.57 billion parameters in the U-Net, 0.82 in the text encoders."""
+    write_unet(
+        folder / "unet",
+        (False, True, True),
+        block_out_channels=(320, 640, 1280),
+        layers_per_block=2,
+        cross_attention_dim=768 + 1280,
+        attention_head_dim=[5, 10, 20],
+        transformer_layers_per_block=[1, 2, 10],
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=1280 + 6 * 256,
+        time_cond_proj_dim=256,
+        sample_size=128,
+    )
+    write_vae(folder / "vae", block_out_channels=(128, 256, 512, 512), sample_size=1024, scaling_factor=0.13025)
+    shape: dict[str, Any] = {"vocab_size": 49408}
+    write_text(folder, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, hidden_act="quick_gelu", **shape)
+    write_text(
+        folder,
+        2,
+        pad="!",
+        hidden_size=1280,
+        num_hidden_layers=32,
+        num_attention_heads=20,
+        hidden_act="gelu",
+        projection_dim=1280,
+        **shape,
+    )
+    write_scheduler(folder / "scheduler", "LCM")
+    write_index(folder, "StableDiffusionXLPipeline", "LCM", xl=True)
+
+
 def ssd1b_lcm(folder: Path) -> None:
     """SSD-1B: SDXL cut down by hand, so every residual block has a depth of its own, and the middle no attention."""
     write_unet(
@@ -213,6 +248,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "sd21": sd21,
     "sdxl": sdxl,
     "sdxl-lcm": lambda folder: sdxl(folder, lcm=True),
+    "sdxl-lcm-full": sdxl_full,
     "ssd1b-lcm": ssd1b_lcm,
 }
 REDUCED = tuple(name for name in WRITERS if not name.endswith("full"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from safetensors.torch import load_file
 
 import calotype
 from calotype.errors import CalotypeWarning, CheckpointError, UsageError
+from calotype.nn.unet import Conditioning
 from calotype.training.data import Example, load_picture, pick, read_folder
-from calotype.training.trainer import Settings, TrainStep, newest_checkpoint, student_of
+from calotype.training.students import LoraStudent, student_of
+from calotype.training.trainer import Settings, TrainStep, newest_checkpoint
 from calotype.weights.load import load_parts
 
 WEIGHTS = Path("unet/diffusion_pytorch_model.safetensors")
@@ -61,8 +64,6 @@ def test_the_student_starts_as_the_teacher(tiny_sd15: Path) -> None:
     teacher = load_parts(tiny_sd15).unet
     student = student_of(teacher)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([999, 259])
-    from calotype.nn.unet import Conditioning
-
     context = torch.randn(2, 77, 32)
     wanted = teacher(x, t, Conditioning(context))
     torch.testing.assert_close(student(x, t, Conditioning(context, w=torch.tensor([3.0, 8.0]))), wanted)
@@ -81,6 +82,58 @@ def test_resuming_is_exact(tiny_sd15: Path, pictures: Path, tmp_path: Path) -> N
     one, other = load_file(whole / WEIGHTS), load_file(parts / WEIGHTS)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def test_a_lora_loads_and_draws(tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lora"
+    steps = run(tiny_sd15, pictures, out, lora=True, lora_rank=4, max_train_steps=3)
+    assert steps[-1].stage == "done"
+    engine = calotype.load(tiny_sd15)
+    before = engine("a fox", seed=0, sampler="lcm", steps=2, guidance=1.0).image
+    engine.add_lora(out / LORA_FILE, name="lcm")
+    assert engine("a fox", seed=0, sampler="lcm", steps=2, guidance=1.0).image != before
+    named = {name for name, _ in load_parts(tiny_sd15).unet.named_parameters()}
+    keys = [key.removeprefix("unet.").rsplit(".lora_", 1)[0] for key in load_file(out / LORA_FILE)]
+    assert {f"{key}.weight" for key in keys} <= named
+    for wanted in ("conv1", "conv_shortcut", "downsamplers.0.conv", "time_emb_proj", "to_q", "ff.net.2", "proj_in"):
+        assert any(key.endswith(wanted) for key in keys), wanted
+
+
+def test_a_lora_starts_as_the_teacher_and_leaves_it_alone(tiny_sd15: Path) -> None:
+    parts = load_parts(tiny_sd15)
+    before = {name: tensor.clone() for name, tensor in parts.unet.state_dict().items()}
+    student = LoraStudent(parts, rank=4)
+    x, t, conditioning = torch.randn(2, 4, 8, 8), torch.tensor([999, 259]), Conditioning(torch.randn(2, 77, 32))
+    wanted = student.teacher(x, t, conditioning)
+    torch.testing.assert_close(student.network(x, t, replace(conditioning, w=torch.ones(2))), wanted)
+    optimizer = torch.optim.SGD(student.parameters, lr=1.0)
+    for _ in range(2):  # the first only moves the zeros
+        optimizer.zero_grad()
+        student.network(x, t, conditioning).square().mean().backward()
+        assert all(tensor.grad is not None for tensor in student.parameters)
+        optimizer.step()
+    assert all(bool((tensor.grad != 0).any()) for tensor in student.parameters if tensor.grad is not None)
+    assert (student.network(x, t, conditioning) - wanted).abs().max() > 1e-3
+    torch.testing.assert_close(student.teacher(x, t, conditioning), wanted, rtol=0, atol=0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in parts.unet.state_dict().items())
+
+
+def test_resuming_a_lora_is_exact(tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"lora": True, "lora_rank": 4, "max_train_steps": 5}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(tiny_sd15, pictures, whole, **settings)
+    for step in calotype.distill(tiny_sd15, pictures, parts, **SMALL, **settings):
+        if step.step == 3 and step.stage == "train":
+            break
+    run(tiny_sd15, pictures, parts, **settings, resume=True)
+    one, other = load_file(whole / LORA_FILE), load_file(parts / LORA_FILE)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(UsageError, match="lora_rank is 8, and the run in this folder has 4"):
+        run(tiny_sd15, pictures, parts, **settings | {"lora_rank": 8}, resume=True)
 
 
 def test_the_loss_falls(tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None:
@@ -103,6 +156,8 @@ def test_the_loss_falls(tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None
         ({"mixed_precision": "fp8"}, "mixed_precision is 'fp8'"),
         ({"resolution": 100}, "resolution is 100"),
         ({"steps": 3}, "steps"),
+        ({"lora": True, "student": "x"}, "a LoRA has no student to go on from"),
+        ({"lora_rank": 0}, "lora_rank is 0"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str, tmp_path: Path) -> None:

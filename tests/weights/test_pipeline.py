@@ -133,7 +133,7 @@ def test_calotype_json_wins(tmp_path: Path) -> None:
         ({"guidance": "8"}, "guidance"),
         ({"width": 100}, "width is 100; a multiple of 8"),
         ({"height": 10**9}, "height"),
-        ({"sampler": "magic"}, "sampler is 'magic'; allowed are lcm, ddim, euler"),
+        ({"sampler": "magic"}, "sampler is 'magic'; allowed are lcm, tcd, ddim, euler"),
         ({"guidance_range": [3]}, "guidance_range"),
         ({"guidance_range": [15, 3]}, "guidance_range"),
         ({"guidance_range": [3, "x"]}, "guidance_range"),

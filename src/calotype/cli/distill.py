@@ -20,9 +20,15 @@ def distill(
     student: Annotated[
         str | None, typer.Option(metavar="M", help="An LCM of that teacher to go on from.", show_default=False)
     ] = None,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Train an LCM-LoRA for the teacher and its kin, not a whole network.")
+    ] = False,
+    lora_rank: Annotated[int, typer.Option(metavar="R", help="Of the LoRA.")] = 64,
     max_train_steps: Annotated[int, typer.Option(metavar="N", help="Updates of the network.")] = 1000,
     train_batch_size: Annotated[int, typer.Option(metavar="B", help="Pictures an update.")] = 12,
-    learning_rate: Annotated[float, typer.Option(parser=parse.number, metavar="R", help="Adam's rate.")] = 1e-5,
+    learning_rate: Annotated[
+        float | None, typer.Option(parser=parse.number, metavar="R", help="Adam's rate [default: 1e-5, LoRA 1e-4].")
+    ] = None,
     lr_scheduler: Annotated[str, typer.Option(metavar="NAME", help="constant, or cosine: falls to zero.")] = "constant",
     lr_warmup_steps: Annotated[int, typer.Option(metavar="N", help="Updates over which the rate rises.")] = 50,
     resolution: Annotated[
@@ -39,6 +45,7 @@ def distill(
     ema_decay: Annotated[float, typer.Option(parser=parse.number, metavar="D", help="Of the target network.")] = 0.95,
     huber_c: Annotated[float, typer.Option(parser=parse.number, metavar="C", help="Of the pseudo-Huber loss.")] = 0.001,
     mixed_precision: Annotated[str, typer.Option(metavar="KIND", help="no, or bf16.")] = "no",
+    sampler: Annotated[str, typer.Option(metavar="S", help="The finished model's default: lcm, tcd.")] = "lcm",
     checkpointing_steps: Annotated[int, typer.Option(metavar="N", help="Updates between checkpoints.")] = 500,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUT, or start.")
@@ -58,6 +65,8 @@ def distill(
         resume=resume,
         device=device,
         offline=offline,
+        lora=lora,
+        lora_rank=lora_rank,
         max_train_steps=max_train_steps,
         train_batch_size=train_batch_size,
         learning_rate=learning_rate,
@@ -73,6 +82,7 @@ def distill(
         ema_decay=ema_decay,
         huber_c=huber_c,
         mixed_precision=mixed_precision,
+        sampler=sampler,
         checkpointing_steps=checkpointing_steps,
     )
     with progress(quiet=quiet) as show:

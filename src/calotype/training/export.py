@@ -1,4 +1,4 @@
-"""Writing a distilled model as a folder in the diffusers layout."""
+"""Writing what was distilled: a model as a folder in the diffusers layout, a LoRA as diffusers writes it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from calotype.lora import LoRA, LowRank
 from calotype.nn.unet import UNet
 from calotype.parts import Parts
+from calotype.weights.write import Pending, write_safetensors
 
 SHARED = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
 # What the student inherits from the teacher's scheduler config: the noise levels and what the network predicts.
@@ -66,6 +68,7 @@ def export_lcm(teacher: Path, unet: UNet, parts: Parts, output: Path, history: l
     _write(
         output / "calotype.json",
         {
+            "sampler": settings["sampler"],
             "steps": 4,
             "guidance": min(max(parts.defaults.guidance, low), high),
             "width": settings["resolution"],
@@ -78,6 +81,28 @@ def export_lcm(teacher: Path, unet: UNet, parts: Parts, output: Path, history: l
     index["_class_name"] = "LatentConsistencyModelPipeline" if parts.family != "sdxl" else "StableDiffusionXLPipeline"
     index["scheduler"] = ["diffusers", "LCMScheduler"]
     _write(output / "model_index.json", index)
+
+
+def export_lora(lora: LoRA, output: Path, history: list[dict[str, Any]]) -> None:
+    """Writes an adapter of the U-Net to `output`, in float16, under the names of diffusers and PEFT.
+
+    The header says how PEFT would have trained it: that is where diffusers and we find alpha, which is the rank here.
+    """
+    tensors: dict[str, Pending] = {}
+    modules, ranks = [], set()
+    for parameter, delta in lora.deltas["unet"].items():
+        assert isinstance(delta, LowRank)
+        module = parameter.removesuffix(".weight")
+        modules.append(module)
+        ranks.add(len(delta.down))
+        for name, factor in (("lora_A", delta.down), ("lora_B", delta.up)):
+            tensors[f"unet.{module}.{name}.weight"] = Pending.of(factor.detach(), torch.float16)
+    (rank,) = ranks
+    config = {"unet.r": rank, "unet.lora_alpha": rank, "unet.target_modules": modules}
+    write_safetensors(
+        output / "pytorch_lora_weights.safetensors", tensors, {"lora_adapter_metadata": json.dumps(config)}
+    )
+    _write(output / "distillation.json", history)  # how it was made
 
 
 def _write(path: Path, value: object) -> None:

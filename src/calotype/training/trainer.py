@@ -1,12 +1,11 @@
 """The training loop of latent consistency distillation: a generator, so that the caller draws the progress.
 
-First edition: the full U-Net with guidance embedding, one process. A run can be stopped at any moment and resumed from
+A full U-Net with guidance embedding or a LoRA, in one process. A run can be stopped at any moment and resumed from
 its newest checkpoint; on a CPU the resumed run is the uninterrupted one, bit for bit.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -23,11 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from calotype.errors import CalotypeError, CalotypeWarning, CheckpointError, UsageError
-from calotype.nn.unet import Conditioning, UNet
+from calotype.nn.unet import Conditioning
+from calotype.sampling import CONSISTENCY
 from calotype.schedule import NoiseSchedule
 from calotype.training.data import Dataset, pick, prepare
-from calotype.training.export import export_lcm
-from calotype.training.loss import Batch, Network, consistency_loss
+from calotype.training.export import export_lcm, export_lora
+from calotype.training.loss import Batch, consistency_loss
+from calotype.training.students import FullStudent, LoraStudent, Student
 from calotype.weights.load import load_parts
 from calotype.weights.source import resolve
 
@@ -36,9 +37,11 @@ from calotype.weights.source import resolve
 class Settings:
     """How to train. Names are those of diffusers' LCM scripts where they have one."""
 
+    lora: bool = False  # train a LoRA on the teacher, and no network of its own
+    lora_rank: int = 64
     max_train_steps: int = 1000
     train_batch_size: int = 12
-    learning_rate: float = 1e-5
+    learning_rate: float | None = None  # 1e-5, or 1e-4 of a LoRA
     lr_scheduler: str = "constant"  # or "cosine": falls to zero at the end
     lr_warmup_steps: int = 50
     resolution: int | None = None  # pixels; the teacher's own size if None
@@ -55,9 +58,13 @@ class Settings:
     max_grad_norm: float = 1.0
     mixed_precision: str = "no"  # or "bf16"
     checkpointing_steps: int = 500
+    sampler: str = "lcm"  # or "tcd": the finished model's default
 
     def __post_init__(self) -> None:
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", 1e-4 if self.lora else 1e-5)
         for name in (
+            "lora_rank",
             "max_train_steps",
             "train_batch_size",
             "num_ddim_timesteps",
@@ -79,6 +86,8 @@ class Settings:
             raise UsageError(f"ema_decay is {self.ema_decay}: must be in [0, 1)")
         if self.lr_scheduler not in ("constant", "cosine"):
             raise UsageError(f"lr_scheduler is {self.lr_scheduler!r}: must be 'constant' or 'cosine'")
+        if self.sampler not in CONSISTENCY:
+            raise UsageError(f"sampler is {self.sampler!r}: must be one of {', '.join(CONSISTENCY)}")
         if self.mixed_precision not in ("no", "bf16"):
             raise UsageError(f"mixed_precision is {self.mixed_precision!r}: must be 'no' or 'bf16'")
         if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
@@ -86,6 +95,7 @@ class Settings:
 
     def rate(self, step: int) -> float:
         """The learning rate at a step."""
+        assert self.learning_rate is not None
         warm = min(1.0, (step + 1) / max(1, self.lr_warmup_steps))
         if self.lr_scheduler == "constant":
             return self.learning_rate * warm
@@ -109,8 +119,7 @@ class TrainStep:
 class State:
     """Everything that changes while training."""
 
-    student: UNet
-    ema: UNet
+    student: Student
     optimizer: torch.optim.AdamW
     history: list[dict[str, Any]]  # the settings, and from which step on they held
     step: int = 0
@@ -130,14 +139,19 @@ def distill(
     """Distils a latent consistency model from `teacher` on the captioned pictures in the folder `data`.
 
     `settings` are the fields of Settings. `output` becomes a model folder in the diffusers layout, written at the end;
-    its `checkpoints` and `cache` hold what a resumed run needs. `student` is a latent consistency model of that teacher
-    to go on from; without one the student starts as the teacher. Raises UsageError for bad settings or data and where
-    `output` is not empty, CheckpointError for a teacher that cannot be distilled.
+    with `lora` it gets `pytorch_lora_weights.safetensors` instead, for the teacher and its kin. Its `checkpoints` and
+    `cache` hold what a resumed run needs. `student` is a latent consistency model of that teacher to go on from;
+    without one the student starts as the teacher.
+
+    Raises UsageError for bad settings or data and where `output` is not empty, CheckpointError for a teacher that
+    cannot be distilled.
     """
     try:
         chosen = Settings(**settings)  # type: ignore[arg-type]
     except TypeError as error:
         raise UsageError(str(error).replace("Settings.__init__() ", "")) from None
+    if student is not None and chosen.lora:
+        raise UsageError("a LoRA has no student to go on from", hint="leave out student, or lora")
     folder, output = Path(data), Path(output)
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     _check_output(output, resume)
@@ -155,35 +169,37 @@ def distill(
             yield TrainStep("encode", progress, None)
     assert dataset is not None
 
-    first = None if student is None else load_parts(str(student), offline=offline, device=torch.device(name)).unet
-    state = _start(parts.unet, first, chosen)
+    if chosen.lora:
+        learner: Student = LoraStudent(parts, chosen.lora_rank, chosen.seed)
+    else:
+        first = None if student is None else load_parts(str(student), offline=offline, device=torch.device(name)).unet
+        learner = FullStudent(parts.unet, first)
+    state = start(learner, chosen)
     checkpoint = newest_checkpoint(output)
     if resume and checkpoint is not None:
         _restore(state, checkpoint, chosen)
     with (output / "log.jsonl").open("a", encoding="utf-8") as log:
-        for report in train(state, parts.unet, parts.schedule, dataset, chosen, resolution):
+        for report in train(state, parts.schedule, dataset, chosen, resolution):
             log.write(json.dumps(asdict(report)) + "\n")
             if report.step % chosen.checkpointing_steps == 0 or report.step == chosen.max_train_steps:
                 log.flush()
                 _save(state, output)
             yield report
-    export_lcm(resolve(str(teacher), offline=offline), state.ema, parts, output, state.history)
+    if isinstance(learner, LoraStudent):
+        export_lora(learner.lora, output, state.history)
+    elif isinstance(learner, FullStudent):
+        export_lcm(resolve(str(teacher), offline=offline), learner.target, parts, output, state.history)
     yield TrainStep("done", state.step, chosen.max_train_steps)
 
 
 def train(
-    state: State,
-    teacher: Network,
-    schedule: NoiseSchedule,
-    dataset: Dataset,
-    settings: Settings,
-    resolution: int,
+    state: State, schedule: NoiseSchedule, dataset: Dataset, settings: Settings, resolution: int
 ) -> Iterator[TrainStep]:
     """The loop itself, from state.step to the end. A step depends on the state, the settings and the data alone."""
-    device = next(state.student.parameters()).device
+    student = state.student
+    trained = student.parameters
+    device = trained[0].device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16")
-    students: list[Tensor] = list(state.student.parameters())
-    averages: list[Tensor] = list(state.ema.parameters())
     while state.step < settings.max_train_steps:
         started = time.perf_counter()
         batch = make_batch(dataset, schedule, settings, state.step, resolution, device)
@@ -191,7 +207,7 @@ def train(
             group["lr"] = settings.rate(state.step)
         with autocast:
             losses = consistency_loss(
-                state.student, state.ema, teacher, schedule, batch,
+                student.network, student.target, student.teacher, schedule, batch,
                 solver_steps=settings.num_ddim_timesteps, skip=settings.skipping_step,
                 substeps=settings.solver_substeps, huber_c=settings.huber_c,
             )  # fmt: skip
@@ -206,10 +222,9 @@ def train(
             )
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(students, settings.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
         state.optimizer.step()
-        with torch.no_grad():  # the target follows the student: ema = decay ema + (1 - decay) student
-            torch._foreach_lerp_(averages, students, 1 - settings.ema_decay)
+        student.follow(settings.ema_decay)
         state.step += 1
         speed = settings.train_batch_size / (time.perf_counter() - started)
         rate = state.optimizer.param_groups[0]["lr"]
@@ -247,29 +262,10 @@ def _conditioning(dataset: Dataset, rows: Tensor, resolution: int, device: torch
     return Conditioning(context, dataset.pooled[rows].to(device, torch.float32), sizes.expand(len(rows), 6))
 
 
-def student_of(teacher: UNet) -> UNet:
-    """A trainable copy of the teacher with a guidance embedding, which is zero at first: it starts as the teacher."""
-    student = UNet(replace(teacher.config, guidance_dim=256))
-    state = {name: tensor.detach().clone().float() for name, tensor in teacher.state_dict().items()}
-    state["time_embedding.cond_proj.weight"] = torch.zeros_like(student.time_embedding.cond_proj.weight)  # type: ignore[union-attr]
-    student.load_state_dict(state, assign=True)
-    return student.requires_grad_(True).to(next(teacher.parameters()).device)
-
-
-def _start(teacher: UNet, first: UNet | None, settings: Settings) -> State:
-    student = student_of(teacher)
-    if first is not None:
-        if first.config != student.config:
-            raise CheckpointError(
-                "the student is no latent consistency model of this teacher: their U-Nets differ",
-                hint="give a folder that calotype distill made from the same teacher, or none",
-            )
-        student.load_state_dict(first.state_dict())
-    ema = copy.deepcopy(student).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        student.parameters(), lr=settings.learning_rate, weight_decay=settings.adam_weight_decay
-    )
-    return State(student, ema, optimizer, [{"from_step": 0, **asdict(settings)}])
+def start(student: Student, settings: Settings) -> State:
+    """Before the first step."""
+    optimizer = torch.optim.AdamW(student.parameters, lr=settings.rate(0), weight_decay=settings.adam_weight_decay)
+    return State(student, optimizer, [{"from_step": 0, **asdict(settings)}])
 
 
 # ---- checkpoints: written beside, synced, renamed; the old one goes only after the new one stands ----
@@ -291,9 +287,8 @@ def _save(state: State, output: Path) -> None:
         for i, entry in state.optimizer.state_dict()["state"].items()
         for name, tensor in entry.items()
     }
-    save_file(state.student.state_dict(), temporary / "student.safetensors")
-    save_file(state.ema.state_dict(), temporary / "ema.safetensors")
-    save_file(moments, temporary / "optimizer.safetensors")
+    for name, tensors in {**state.student.files(), "optimizer": moments}.items():
+        save_file(tensors, temporary / f"{name}.safetensors")
     (temporary / "state.json").write_text(json.dumps({"step": state.step, "history": state.history}, indent=2))
     for file in temporary.iterdir():
         with file.open("rb") as handle:
@@ -308,9 +303,14 @@ def _restore(state: State, folder: Path, settings: Settings) -> None:
     saved = json.loads((folder / "state.json").read_text())
     state.step, state.history = saved["step"], saved["history"]
     now, before = asdict(settings), state.history[-1]
+    for name in ("lora", "lora_rank"):
+        if now[name] != before[name]:
+            raise UsageError(f"{name} is {now[name]}, and the run in this folder has {before[name]}: they must agree")
     # These may change in silence: they say how long it runs, not what a step is.
     changed = [
-        name for name in now if now[name] != before[name] and name not in ("max_train_steps", "checkpointing_steps")
+        name
+        for name in now
+        if now[name] != before[name] and name not in ("max_train_steps", "checkpointing_steps", "sampler")
     ]
     if changed:
         what = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in changed)
@@ -318,10 +318,10 @@ def _restore(state: State, folder: Path, settings: Settings) -> None:
         warnings.warn(message, CalotypeWarning, stacklevel=3)
     if now != {name: before[name] for name in now}:
         state.history.append({"from_step": state.step, **now})
-    state.student.load_state_dict(load_file(folder / "student.safetensors"))
-    state.ema.load_state_dict(load_file(folder / "ema.safetensors"))
+    files = {file.stem: load_file(file) for file in folder.glob("*.safetensors")}
+    state.student.restore(files)
     moments: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+    for key, tensor in files["optimizer"].items():
         index, name = key.split(".", 1)
         moments.setdefault(int(index), {})[name] = tensor
     state.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer.state_dict()["param_groups"]})

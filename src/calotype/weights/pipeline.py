@@ -37,7 +37,8 @@ CLASSES: dict[str, Sequence[str]] = {
 LIBRARIES = ("diffusers", "transformers")
 REQUIRED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # listed in model_index.json, not part of a picture
-SAMPLERS = ("lcm", "ddim", "euler")
+SAMPLERS = ("lcm", "tcd", "ddim", "euler")
+CONSISTENCY = SAMPLERS[:2]  # those of networks that predict the path's end
 MAX_PIXELS = 16384  # of a default width or height
 
 
@@ -114,7 +115,9 @@ def repaired_schedule(pipeline: Pipeline, config: dict[str, Any]) -> dict[str, A
 
 def default_sampler(unet: UNetConfig, schedule: NoiseSchedule) -> str:
     """A guidance embedding is only ever trained by consistency distillation, whatever scheduler lies beside it."""
-    return "lcm" if unet.guidance_dim is not None else schedule.default_sampler
+    if unet.guidance_dim is not None and schedule.default_sampler not in CONSISTENCY:
+        return "lcm"
+    return schedule.default_sampler
 
 
 def read_defaults(folder: Path, family: Family, unet: UNetConfig, schedule: NoiseSchedule, downscale: int) -> Defaults:
@@ -136,7 +139,7 @@ def defaults_of(
         raise CheckpointError(f"{path} has the field {shown(unknown[0])}; known are {', '.join(known)}")
     sampler = fields.one_of("sampler", default_sampler(unet, schedule), SAMPLERS)
     steps, guidance, side = family.steps, family.guidance, unet.sample_size * downscale
-    if sampler == "lcm":
+    if sampler in CONSISTENCY:
         steps, guidance = LCM_STEPS, PLAIN_LCM_GUIDANCE if unet.guidance_dim is None else LCM_GUIDANCE
 
     def pixels(name: str) -> int:

@@ -13,13 +13,14 @@ from transformers.utils import logging as transformers_logging
 from matrix.cells import CELLS, FOLDED
 from matrix.compare import Matrix
 from matrix.page import render
+from matrix.world import World
 
 
 def main(page: Path) -> None:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        matrix = Matrix(Path(folder))
+        matrix = Matrix(World(Path(folder)))
         page.write_text(render({cell: matrix.error(cell) for cell in (*CELLS, *FOLDED)}), encoding="utf-8")
 
 

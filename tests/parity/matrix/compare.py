@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,15 +19,18 @@ from matrix.world import World
 class Matrix:
     """Both programs over one world. What diffusers gave is kept."""
 
-    def __init__(self, root: Path) -> None:
-        self.world = World(root)
+    def __init__(self, world: World) -> None:
+        self.world = world
         theirs = Theirs(self.world)
         self.theirs = cache(theirs)
         self.ours = Ours(self.world, theirs.grid)
 
     def error(self, cell: Cell) -> float:
         """Relative L2 between the final latents; of what was painted and what was kept, the worse."""
-        ours, theirs = self.ours(cell), self.theirs(cell)
+        return self.between(cell, self.ours(cell), self.theirs(cell))
+
+    def between(self, cell: Cell, ours: Tensor, theirs: Tensor) -> float:
+        """The same, for latents that are there already."""
         if not cell.task.startswith("inpaint 4"):
             return distance(ours, theirs)
         return max(distance(ours[..., where], theirs[..., where]) for where in (self.painted, ~self.painted))

@@ -28,7 +28,7 @@ CUT_STEPS = 4  # of which a strength of 0.75 leaves three
 SCALES, STARTS, ENDS = (0.8, 0.5), (0.0, 0.3), (1.0, 0.7)  # of the controls; the second acts in the middle step alone
 GAMMA = 0.3  # of "tcd"
 KINDS = {"lcm": "LCM", "tcd": "TCD", "ddim": "DDIM", "euler": "EulerDiscrete"}
-Deltas = dict[str, Tensor]  # parameter -> change at scale 1
+Deltas = dict[str, tuple[Tensor, Tensor, float]]  # parameter -> down, up, and what their product is multiplied by
 
 
 class Theirs:
@@ -161,15 +161,17 @@ class Theirs:
     def set_loras(self, cell: Cell, networks: dict[str, nn.Module]) -> None:
         """Writes the weights that the cell's stack makes of the pristine ones."""
         for part, network in networks.items():
-            pristine, total = self.pristine(network), Deltas()
+            pristine = self.pristine(network)
+            named = dict(network.named_parameters())
+            for parameter, value in named.items():
+                value.copy_(pristine[parameter])
             for name, scale in cell.stack.items():
-                for parameter, delta in self.deltas(cell.family, name, naming_of(name, cell)).get(part, {}).items():
-                    total[parameter] = total.get(parameter, 0) + scale * delta
-            if part != "unet" and not hasattr(network, "text_model"):
-                total = {parameter.removeprefix("text_model."): delta for parameter, delta in total.items()}
-            for parameter, value in network.named_parameters():
-                value.copy_(pristine[parameter] + total.pop(parameter, 0))
-            assert not total, f"{sorted(total)[:3]} are in no {part}"
+                deltas = self.deltas(cell.family, name, naming_of(name, cell)).get(part, {})
+                for parameter, (down, up, ratio) in deltas.items():
+                    if part != "unet" and not hasattr(network, "text_model"):
+                        parameter = parameter.removeprefix("text_model.")
+                    value = named[parameter]
+                    value += scale * ratio * (up.flatten(1) @ down.flatten(1)).view(value.shape)
 
     def pristine(self, network: nn.Module) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in network.named_parameters()}
@@ -195,8 +197,7 @@ class Theirs:
                 alpha = (config or {}).get(f"{part}.lora_alpha", len(down))
                 if alphas:
                     (alpha,) = set(alphas.values())
-                delta = (up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
-                made[part][key.replace(".lora_A.", ".")] = delta * (alpha / len(down))
+                made[part][key.replace(".lora_A.", ".")] = down, up, alpha / len(down)
         return made
 
 

@@ -38,16 +38,18 @@ Layers = dict[str, tuple[Tensor, Tensor]]  # name -> down (r, in, ...), up (out,
 class World:
     """Everything under one folder, each thing written when it is first asked for, the same one every time."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        for name in ("model", "lora", "control", "t2i", "motion", "modules"):  # one of each is enough
+    def __init__(self, root: Path, *, full: bool = False) -> None:
+        """`full`: in the real ones' sizes, gigabytes each."""
+        self.root, self.full = root, full
+        once = ("model", "lora", "control", "t2i", "motion")
+        for name in once if full else (*once, "modules"):  # networks of full size do not stay in memory
             setattr(self, name, cache(getattr(self, name)))
 
     def model(self, family: str, model: str, channels: int) -> Path:
         """A whole model folder. "lora": the base model that an LCM-LoRA is for."""
         path = self.root / f"{family} {model} {channels}"
         if (model, channels) == ("lcm", 4):
-            return topologies.write(f"{family}-lcm", path)
+            return topologies.write(f"{family}-lcm{'-full' if self.full else ''}", path)
         source = self.model(family, "lcm", 4)
         if model == "lcm":
             topologies.with_scheduler(source, path, "LCM")
@@ -92,9 +94,10 @@ class World:
         family = "sdxl" if family == "ssd1b" else family
         path = self.root / f"{family} control {number}"
         unet: Any = UNet2DConditionModel.from_pretrained(self.model(family, "lora", 4) / "unet")
+        widths = (16, 32, 96, 256) if self.full else (8, 16, 16, 32)
         with seeded(path.name):
             network = ControlNetModel.from_unet(
-                unet, load_weights_from_unet=False, conditioning_embedding_out_channels=(8, 16, 16, 32)
+                unet, load_weights_from_unet=False, conditioning_embedding_out_channels=widths
             )
             save(network, path)
         return path
