@@ -32,7 +32,6 @@ PROMPTS = (
     "crying face",
     "old man",
 )
-GUIDANCE = 7.0
 
 
 def main() -> None:
@@ -43,7 +42,7 @@ def main() -> None:
     teacher = calotype.Engine(dataclasses.replace(base.parts, schedule=trailing), base.describe())
     rows = {f"{n} step{'s' if n > 1 else ''}": (student, n) for n in (1, 2, 4, 8)} | {"teacher, 50": (teacher, 50)}
     pictures = [
-        engine(prompt, steps=steps, guidance=GUIDANCE, seed=0).image
+        engine(prompt, steps=steps, guidance=student.parts.defaults.guidance, seed=0).image
         for engine, steps in rows.values()
         for prompt in PROMPTS
     ]

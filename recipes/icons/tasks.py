@@ -1,39 +1,127 @@
-"""Image to image and inpainting with the shipped model, as a sheet of pictures: tasks.py SHEET.png"""
+"""Draws the pictures of docs/tasks.md: `python recipes/icons/tasks.py docs/images`.
+
+Image to image and inpainting are the shipped model's, the LoRAs the base model's. Every picture has seed 0 where no
+other is named; none was chosen.
+"""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 import calotype
 from calotype.images import grid, save_png
 
-STRENGTHS = (0.3, 0.5, 0.7, 0.9)
-CHANGES = (("cat face", "dog face"), ("red heart", "green heart"), ("grinning face", "angry face"))
-HOLES = (("astronaut", "cat face", (40, 18, 92, 66)), ("mushroom", "green heart", (20, 8, 108, 70)))
+HERE = Path(__file__).parent
+SIDE = 128
+Shape = tuple[str, tuple[int, ...], str]  # what ImageDraw draws, where, in which colour
+
+SKETCHES: dict[str, tuple[Shape, ...]] = {
+    "person": (
+        ("ellipse", (30, 60, 98, 150), "#d02030"),
+        ("ellipse", (40, 20, 88, 74), "#f0b030"),
+        ("rectangle", (40, 14, 88, 34), "#603018"),
+    ),
+    "car": (
+        ("rectangle", (12, 44, 116, 88), "#e03020"),
+        ("rectangle", (90, 30, 116, 60), "#80c0f0"),
+        ("ellipse", (24, 78, 46, 100), "#303030"),
+        ("ellipse", (82, 78, 104, 100), "#303030"),
+    ),
+    "face": (
+        ("ellipse", (12, 12, 116, 116), "#ffc020"),
+        ("ellipse", (38, 44, 50, 60), "#402010"),
+        ("ellipse", (78, 44, 90, 60), "#402010"),
+        ("rectangle", (44, 80, 84, 88), "#402010"),
+    ),
+}
+IMAGE_TO_IMAGE = (
+    ("person", ("santa claus", "woman firefighter", "vampire", "old man", "man farmer")),
+    ("car", ("fire engine", "taxi", "bus", "delivery truck", "racing car")),
+    ("face", ("grinning face", "angry face", "face with tears of joy", "crying face", "smiling face with heart-eyes")),
+)
+STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
+# What is there, what is painted, and the ellipse of the mask.
+INPAINTING = (
+    ("astronaut", "astronaut", (30, 14, 98, 76)),
+    ("santa claus", "old man", (20, 10, 110, 70)),
+    ("grinning face", "smiling face with heart-eyes", (10, 20, 118, 72)),
+)
+LORA_PROMPTS = (
+    "astronaut",
+    "santa claus",
+    "woman firefighter",
+    "thumbs up",
+    "full moon",
+    "fire engine",
+    "red heart",
+    "crying face",
+)
+STYLE_SCALES = (0.4, 0.8, 1.2)
 
 
-def with_hole(picture: Image.Image, mask: Image.Image) -> Image.Image:
-    """The picture with what the mask repaints in grey."""
-    return Image.composite(Image.new("RGB", picture.size, (190, 190, 190)), picture, mask)
+def sketch(shapes: tuple[Shape, ...]) -> Image.Image:
+    picture = Image.new("RGB", (SIDE, SIDE), "white")
+    draw = ImageDraw.Draw(picture)
+    for kind, box, colour in shapes:
+        getattr(draw, kind)(box, fill=colour)
+    return picture
+
+
+def image_to_image(engine: calotype.Engine) -> Image.Image:
+    pictures, titles = [], []
+    for name, prompts in IMAGE_TO_IMAGE:
+        start = sketch(SKETCHES[name])
+        pictures += [start, *(engine(prompt, image=start, strength=0.5, seed=0).image for prompt in prompts)]
+        titles.append(f"{', '.join(prompts)}; strength 0.5")
+    start = sketch(SKETCHES["person"])
+    pictures += [start, *(engine("vampire", image=start, strength=each, seed=0).image for each in STRENGTHS)]
+    titles.append(f"vampire; strength {', '.join(map(str, STRENGTHS))}")
+    return grid(pictures, columns=1 + len(STRENGTHS), row_titles=titles)
+
+
+def inpainting(engine: calotype.Engine) -> Image.Image:
+    pictures, titles = [], []
+    grey = Image.new("RGB", (SIDE, SIDE), (190, 190, 190))
+    for before, inside, box in INPAINTING:
+        start, mask = engine(before, seed=0).image, Image.new("L", (SIDE, SIDE))
+        ImageDraw.Draw(mask).ellipse(box, fill=255)
+        painted = [engine(inside, seed=s, image=start, mask=mask, mask_feather=4).image for s in range(4)]
+        pictures += [start, Image.composite(grey, start, mask), *painted]
+        titles.append(f"{inside}; seeds 0 to 3")
+    return grid(pictures, columns=6, row_titles=titles)
+
+
+def loras(engine: calotype.Engine) -> Image.Image:
+    """By rows: the base model in 25 steps and in 4, an LCM-LoRA, and a style beside it by weight."""
+    lcm = engine.add_lora(HERE / "lcm-lora.safetensors")
+    style = engine.add_lora(HERE / "cyanotype.safetensors")
+    few = {"sampler": "lcm", "steps": 4, "guidance": 1.0}
+    rows: list[tuple[str, dict[str, float], dict[str, object]]] = [
+        ("base, 25 steps, guidance 5 (50 evaluations)", {}, {"steps": 25, "guidance": 5.0}),
+        ("base, 4 steps, guidance 5 (8 evaluations)", {}, {"steps": 4, "guidance": 5.0}),
+        ("LCM-LoRA, 4 steps, guidance 1 (4 evaluations)", {lcm: 1.0}, few),
+        *((f"LCM-LoRA 1.0 and cyanotype {scale}", {lcm: 1.0, style: scale}, few) for scale in STYLE_SCALES),
+    ]
+    pictures = []
+    for _, mix, fields in rows:
+        engine.set_loras(mix)
+        pictures += [engine(prompt, seed=0, **fields).image for prompt in LORA_PROMPTS]
+    return grid(pictures, len(LORA_PROMPTS), column_titles=LORA_PROMPTS, row_titles=[title for title, *_ in rows])
 
 
 def main() -> None:
-    engine = calotype.load()
-    pictures, titles = [], []
-    for before, after in CHANGES:
-        start = engine(before, seed=0).image
-        pictures += [start, *(engine(after, seed=0, image=start, strength=s).image for s in STRENGTHS)]
-        titles.append(f"{before}, then {after} at strength {', '.join(map(str, STRENGTHS))}")
-    for before, inside, box in HOLES:
-        start = engine(before, seed=0).image
-        mask = Image.new("L", start.size)
-        ImageDraw.Draw(mask).ellipse(box, fill=255)
-        painted = [engine(inside, seed=s, image=start, mask=mask, mask_feather=4).image for s in range(3)]
-        pictures += [start, with_hole(start, mask), *painted]
-        titles.append(f"{before}, its mask, then {inside} with seeds 0, 1, 2")
-    save_png(grid(pictures, columns=1 + len(STRENGTHS), row_titles=titles), sys.argv[1])
+    folder = Path(sys.argv[1])
+    shipped, base = calotype.load(), calotype.load(HERE / "base")
+    sheets = {
+        "image-to-image": image_to_image(shipped),
+        "inpainting": inpainting(shipped),
+        "loras": loras(base),
+    }
+    for name, sheet in sheets.items():
+        save_png(sheet, folder / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
+from PIL import Image
 from reference import NETWORK, Agreement, Pair, distance
 from torch import Tensor, nn
 
+import calotype
 from adapters import Factors, chosen, kohya_names, layers, low_rank, normal, peft_names, save
 from calotype.errors import CheckpointError
 from calotype.lora import Stack, load_lora
@@ -266,6 +268,28 @@ CELLS = [(name, model) for name in FORMATS for model in (XL if "LDM" in name els
 
 # Names with words in them that diffusers takes for something else, where they are spelt with `_` for dots.
 MISREAD = ("time_embedding.cond_proj", "add_embedding.linear_1", "add_embedding.linear_2")
+
+
+def test_what_distillation_wrote(pairs: Pairs, agree: Agreement, tmp_path: Path) -> None:
+    """An LCM-LoRA of our own, loaded by diffusers: the same picture."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for i, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (64, 64), colour).save(data / f"{i}.png")
+        (data / f"{i}.txt").write_text(f"a {colour} fox")
+    pair = pairs("sd21")
+    settings: dict[str, Any] = {"lora_rank": RANK, "learning_rate": 3e-2, "lr_warmup_steps": 1, "resolution": 64}
+    *_, end = calotype.distill(pair.folder, data, tmp_path / "out", lora=True, max_train_steps=4, **settings)
+    assert end.stage == "done"
+    parts = load_parts(pair.folder)
+    before = outputs(parts)
+    with loaded(pair.pipeline, {"it": (tmp_path / "out" / FOLDER_FILE, 1.0)}):
+        theirs = their_outputs(pair.pipeline, parts)
+    stack = Stack(parts)
+    stack.add("it", load_lora(tmp_path / "out" / FOLDER_FILE, parts))
+    ours = outputs(parts)
+    agree_all("sd21", agree, ours, theirs)
+    assert distance(ours[0], before[0]) > 0.05
 
 
 def sayable(form: str, factors: Everything) -> Everything:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from calotype.lora import LoRA, LowRank
+from calotype.lora.formats import DEFAULT_FILE, METADATA
 from calotype.nn.unet import UNet
 from calotype.parts import Parts
 from calotype.weights.write import Pending, write_safetensors
@@ -83,8 +84,8 @@ def export_lcm(teacher: Path, unet: UNet, parts: Parts, output: Path, history: l
     _write(output / "model_index.json", index)
 
 
-def export_lora(lora: LoRA, output: Path, history: list[dict[str, Any]]) -> None:
-    """Writes an adapter of the U-Net to `output`, in float16, under the names of diffusers and PEFT.
+def export_lora(lora: LoRA, output: Path, history: list[dict[str, Any]]) -> Path:
+    """Writes an adapter of the U-Net, in float16, under the names of diffusers and PEFT; returns its file.
 
     The header says how PEFT would have trained it: that is where diffusers and we find alpha, which is the rank here.
     """
@@ -99,10 +100,10 @@ def export_lora(lora: LoRA, output: Path, history: list[dict[str, Any]]) -> None
             tensors[f"unet.{module}.{name}.weight"] = Pending.of(factor.detach(), torch.float16)
     (rank,) = ranks
     config = {"unet.r": rank, "unet.lora_alpha": rank, "unet.target_modules": modules}
-    write_safetensors(
-        output / "pytorch_lora_weights.safetensors", tensors, {"lora_adapter_metadata": json.dumps(config)}
-    )
-    _write(output / "distillation.json", history)  # how it was made
+    path = output / DEFAULT_FILE
+    write_safetensors(path, tensors, {METADATA: json.dumps(config)})
+    _write(output / "training.json", history)  # how it was made
+    return path
 
 
 def _write(path: Path, value: object) -> None:
