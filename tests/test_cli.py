@@ -23,8 +23,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import calotype
+from calotype import video
 from calotype.cli import COMMANDS, destination, main, parse, report
-from calotype.cli.generate import uncollected
+from calotype.cli.generate import job_like, uncollected
 from calotype.errors import CalotypeWarning, CheckpointError, ModelNotFoundError, OutputError, UsageError
 from calotype.images import METADATA_KEY, read_metadata, save_png
 from calotype.request import Control, Request
@@ -66,8 +67,8 @@ class FakeEngine:
         self.at_step: Callable[[int], None] = lambda index: None
         self.added: dict[str, Any] = {}  # what describe says of adapters
 
-    def set_motion(self, ref: str) -> None:
-        self.added["motion"] = ref
+    def set_motion(self, **given: Any) -> None:
+        self.added["motion"] = given
 
     def add_lora(self, ref: str, name: str, weight_name: str | None) -> None:
         self.added.setdefault("loras", {})[name] = {"ref": ref, "weight_name": weight_name, "scale": 1.0}
@@ -76,11 +77,11 @@ class FakeEngine:
         for name, scale in mix.items():
             self.added["loras"][name]["scale"] = scale
 
-    def add_embedding(self, ref: str, token: str) -> None:
-        self.added.setdefault("embeddings", {})[token] = ref
+    def add_embedding(self, ref: str, token: str | None) -> None:
+        self.added.setdefault("embeddings", {})[token or "<what the file says>"] = {"ref": ref}
 
     def add_control(self, ref: str, name: str) -> None:
-        self.added.setdefault("controls", {})[name] = ref
+        self.added.setdefault("controls", {})[name] = {"ref": ref}
 
     def resolve(self, request: Request) -> Request:
         defaults = DEFAULTS if request.timesteps is None else {**DEFAULTS, "steps": len(request.timesteps)}
@@ -209,9 +210,9 @@ def test_pictures_and_adapters_reach_them_too(loader: Loader, tmp_path: Path) ->
             "lcm": {"ref": "lcm", "weight_name": None, "scale": 1.0},
             "lcm-2": {"ref": "other/lcm", "weight_name": None, "scale": -1.0},
         },
-        "controls": {"canny": "canny"},
-        "embeddings": {"cat": "e/cat.safetensors", "toy": "e/x"},
-        "motion": "M",
+        "controls": {"canny": {"ref": "canny"}},
+        "embeddings": {"<what the file says>": {"ref": "e/cat.safetensors"}, "toy": {"ref": "e/x"}},
+        "motion": {"ref": "M"},
     }
     assert loader.engines[-1].added == described
 
@@ -240,6 +241,42 @@ def test_clips(loader: Loader, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (tmp_path / "fox.webp").exists()
     assert main(["a fox", "--frames", "4", "-o", "fox.png"]) == 2
     assert "must end in .gif or .webp or .mp4" in capsys.readouterr().err
+
+
+def test_a_clip_is_made_of_a_picture_or_of_frames(loader: Loader) -> None:
+    photo, frames = Image.new("RGB", (16, 16), "red"), [Image.new("RGB", (16, 16), c) for c in ("red", "lime", "blue")]
+    photo.save("photo.png")
+    photo.save("still.webp", lossless=True)
+    frames[0].save("clip.gif", save_all=True, append_images=frames[1:])
+    clip = ["a fox", "--motion", "M", "--frames", "3", "--seed", "1", "-q"]
+    for name, count in (("photo.png", 1), ("still.webp", 1), ("clip.gif", 3)):
+        assert main([*clip, "--image", name, "--control", f"canny={name}", "-o", f"{name}.gif"]) == 0
+        for pictures in (loader.request.image, loader.request.controls[0].image):
+            assert (len(pictures) if isinstance(pictures, tuple) else 1) == count
+
+
+def test_a_clip_says_what_made_it_and_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metadata = {"calotype": calotype.__version__, "request": {"prompt": "a fox", "frames": 2}, "index": 0, "model": {}}
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    for suffix in video.SUFFIXES:
+        path = video.save(frames, tmp_path / f"clip{suffix}", 8, metadata)
+        assert main(["show", str(path), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == metadata
+        assert job_like(path, {"seed": 1}, {}, {}).request == Request("a fox", frames=2, seed=1)
+
+
+def test_show_names_controls_and_their_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metadata = {
+        "calotype": calotype.__version__,
+        "request": {"prompt": "a fox", "controls": [{"name": "canny", "image": "sha256:1", "scale": 0.8}]},
+        "index": 0,
+        "model": {"model": "M", "controls": {"canny": {"ref": "lllyasviel/sd-controlnet-canny", "variant": None}}},
+    }
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", metadata)
+    assert main(["show", str(tmp_path / "a.png")]) == 0
+    shown = capsys.readouterr().out
+    assert "0.8" in shown
+    assert "lllyasviel" in shown
 
 
 @pytest.mark.parametrize("text", ["canny", "=photo.png", "canny="])

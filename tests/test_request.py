@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import random
@@ -260,6 +261,41 @@ def test_pictures_go_through_json_pixel_by_pixel() -> None:
     assert np.array_equal(back.mask.convert("L"), mask)  # type: ignore[union-attr]
     assert (back.controls[0].name, back.controls[0].scale) == ("canny", 0.5)
     assert np.array_equal(back.controls[0].image, noise)
+
+
+def test_pictures_are_checked_as_files_are() -> None:
+    """Whatever the caller opened: turned upright, decoded here, and refused in one line."""
+    turned, exif = Image.new("RGB", (16, 8), "red"), Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    turned.save(buffer, "JPEG", exif=exif)
+    request = Request("", image=Image.open(io.BytesIO(buffer.getvalue())))
+    assert isinstance(request.image, Image.Image)
+    assert request.image.size == (8, 16)
+    assert dataclasses.replace(request, seed=1).image is request.image, "once is enough"
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    buffer = io.BytesIO()
+    noise.save(buffer, "PNG")
+    with pytest.raises(UsageError, match="image is damaged"):
+        Request("", image=Image.open(io.BytesIO(buffer.getvalue()[:4000])))
+    with pytest.raises(UsageError, match="image is 0x5: it has no pixels"):
+        Request("", image=Image.new("RGB", (0, 5)))
+    for mode in ("1", "L", "LA", "La", "P", "PA", "RGBA", "RGBa", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F"):
+        assert Request("", image=Image.new(mode, (8, 8))).image is not None
+
+
+@pytest.mark.parametrize(
+    ("control", "message"),
+    [
+        ({"name": "c"}, "a control must have an image"),
+        ({"image": RED}, "a control must have a name"),
+        ({"name": "c", "image": RED, "scael": 1}, "a control has no field 'scael'"),
+        (3, "controls has 3: must be a Control"),
+    ],
+)
+def test_json_that_is_no_control(control: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Request.from_json({"prompt": "x", "controls": [control]})
 
 
 def test_without_pictures_json_tells_them_apart_and_asks_for_them() -> None:

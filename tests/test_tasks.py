@@ -13,7 +13,7 @@ from PIL import Image
 
 import calotype
 from calotype import Control, Request
-from calotype.errors import CalotypeError, UsageError
+from calotype.errors import CalotypeError, CalotypeWarning, UsageError
 from calotype.prepare import prepare
 
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
@@ -97,6 +97,22 @@ def test_the_picture_gives_the_size(engine: calotype.Engine) -> None:
     defaults = engine.parts.defaults
     cropped = engine.resolve(Request("", image=PHOTO, mask=MASK, mask_crop=0))
     assert (cropped.width, cropped.height) == (defaults.width, defaults.height)
+
+
+def test_what_is_resized_although_the_mask_keeps_it_is_said(engine: calotype.Engine) -> None:
+    with pytest.warns(CalotypeWarning, match="is resized from 48x64 to 32x32, also where the mask keeps it"):
+        engine.resolve(Request("", image=PHOTO, mask=MASK, width=32, height=32))
+    engine.resolve(Request("", image=PHOTO, mask=MASK, mask_crop=4, width=32, height=32))  # no warning
+
+
+@pytest.mark.filterwarnings("ignore:the picture is resized")
+def test_a_feather_is_of_the_results_pixels(engine: calotype.Engine) -> None:
+    """Which is the request's size, or with a crop the picture's own."""
+    large, hole = PHOTO.resize((480, 640)), MASK.resize((480, 640), Image.Resampling.NEAREST)
+    fields: dict[str, Any] = {"image": large, "mask": hole, "mask_feather": 60}
+    engine.resolve(Request("", **fields, mask_crop=4, width=32, height=32))
+    with pytest.raises(UsageError, match="nothing is left of the mask when 60 pixels of its edge fade"):
+        engine.resolve(Request("", **fields, width=48, height=64))
 
 
 def test_strength_is_filled_in(engine: calotype.Engine) -> None:

@@ -88,8 +88,8 @@ class Engine:
         self.parts = parts
         self._described = described
         self._offline = offline
-        self._controls: dict[str, str] = {}  # name -> what it was loaded from
-        self._embeddings: dict[str, str] = {}  # token -> what it was loaded from
+        self._controls: dict[str, dict[str, Any]] = {}  # name -> what it was loaded from
+        self._embeddings: dict[str, dict[str, Any]] = {}  # token -> what it was loaded from
         self._stack = Stack(parts)
 
     def __call__(self, prompt: str | Request, **fields: Any) -> Result:
@@ -181,7 +181,7 @@ class Engine:
             dtype=weight.dtype,
         )
         self.parts = replace(self.parts, controls={**self.parts.controls, name: network})
-        self._controls[name] = str(ref)
+        self._controls[name] = {"ref": str(ref), "variant": variant}
         return name
 
     def add_embedding(self, ref: str | Path, token: str | None = None, *, weight_name: str | None = None) -> str:
@@ -191,7 +191,7 @@ class Engine:
         """
         learnt = inversion.load_inversion(ref, token, weight_name=weight_name, offline=self._offline)
         inversion.add(self.parts.text, learnt)
-        self._embeddings[learnt.token] = str(ref)
+        self._embeddings[learnt.token] = {"ref": str(ref), "weight_name": weight_name}
         return learnt.token
 
     def set_motion(self, ref: str | Path | None, *, beta_schedule: str = "linear", variant: str | None = None) -> None:
@@ -217,7 +217,7 @@ class Engine:
         schedule = NoiseSchedule.from_config(with_betas(self.parts.scheduler, beta_schedule))
         path = resolve_motion(ref, variant=variant, offline=self._offline)
         self._exchange_motion(Motion(adapter, schedule), {"motion": partial(read_motion, path, variant)})
-        self._described["motion"] = str(ref)
+        self._described["motion"] = {"ref": str(ref), "beta_schedule": beta_schedule, "variant": variant}
 
     def _exchange_motion(self, new: Motion | None, stored: Mapping[str, Stored]) -> None:
         for name, lora in self._stack.loras.items():

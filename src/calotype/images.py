@@ -12,12 +12,13 @@ import math
 import os
 import secrets
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from calotype.errors import CalotypeError, OutputError, UsageError
@@ -61,7 +62,7 @@ def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     if size > MAX_FILE_BYTES:
         raise UsageError(f"{shown} is too large: at most {MAX_FILE_BYTES} bytes")
     try:
-        with Image.open(source if isinstance(source, str | Path) else io.BytesIO(source), formats=FORMATS) as image:
+        with opened(source if isinstance(source, str | Path) else io.BytesIO(source), FORMATS) as image:
             return _normal(image, shown)
     except UsageError:
         raise
@@ -69,14 +70,32 @@ def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         raise UsageError(
             f"{shown} is not a picture in PNG, JPEG or WebP: no other format is opened", "save it as PNG"
         ) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise UsageError(f"{shown} is too large: at most {MAX_PIXELS} pixels", "make it smaller first") from error
     except Exception as error:  # Pillow lets through whatever its parsers meet in a damaged file
         raise _damaged(shown, error) from None
 
 
+def opened(source: str | Path | IO[bytes], formats: tuple[str, ...]) -> Image.Image:
+    """Pillow's `open`, without its warning of many pixels: whoever calls this has a limit of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(source, formats=formats)
+
+
 def _normal(image: Image.Image, shown: str) -> Image.Image:
     """The picture decoded, upright and in RGB or RGBA."""
+    image = checked(image, shown)
+    if image.mode == "RGBA" and image.getchannel("A").getextrema() != (255, 255):
+        return image
+    return image.convert("RGB")
+
+
+def checked(image: Image.Image, shown: str) -> Image.Image:
+    """The picture decoded, upright, and in a mode that all else here understands: 1, L, RGB, RGBA or CMYK.
+
+    One that is all this already comes back as it is. Raises UsageError as `open_image` does.
+    """
     if image.width * image.height > MAX_PIXELS:
         raise UsageError(
             f"{shown} is {image.width}x{image.height}: at most {MAX_PIXELS} pixels are opened", "make it smaller first"
@@ -85,12 +104,9 @@ def _normal(image: Image.Image, shown: str) -> Image.Image:
         raise UsageError(f"{shown} is {image.width}x{image.height}: it has no pixels")
     try:
         image.load()
-        image = _eight_bits(_upright(image))
+        return _eight_bits(_upright(image))
     except Exception as error:  # see open_image
         raise _damaged(shown, error) from None
-    if image.mode == "RGBA" and image.getchannel("A").getextrema() != (255, 255):
-        return image
-    return image.convert("RGB")
 
 
 def _damaged(shown: str, error: Exception) -> UsageError:
@@ -102,7 +118,7 @@ def _damaged(shown: str, error: Exception) -> UsageError:
 def _upright(image: Image.Image) -> Image.Image:
     """The picture turned as its EXIF orientation asks; as it is, where that cannot be read."""
     try:
-        return ImageOps.exif_transpose(image)
+        return image if image.getexif().get(ExifTags.Base.Orientation, 1) == 1 else ImageOps.exif_transpose(image)
     except Exception:  # see open_image; the pixels are decoded already, so only the metadata is damaged
         return image
 
@@ -112,8 +128,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion clips them instead of scaling
         image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
         image.info.pop("transparency", None)  # it is a value of 16 bits
+    if image.mode == "La":  # premultiplied; Pillow converts it to this mode alone
+        image = image.convert("LA")
     if image.has_transparency_data:
-        return image.convert("RGBA")
+        return image.convert("RGBA") if image.mode != "RGBA" else image
     return image if image.mode in ("1", "L", "RGB", "RGBA", "CMYK") else image.convert("RGB")
 
 
@@ -315,7 +333,7 @@ def _texts(path: str | Path) -> dict[Any, Any]:
     if _file_size(path) > MAX_FILE_BYTES:
         raise UsageError(f"{shown} is too large: at most {MAX_FILE_BYTES} bytes")
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with opened(path, ("PNG",)) as image:
             return image.info
     except UnidentifiedImageError:
         raise UsageError(f"{shown} is not a PNG file", "calotype writes its metadata into PNG files") from None

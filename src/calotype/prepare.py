@@ -124,7 +124,7 @@ def _check_task(parts: Parts, request: Request) -> None:
             hint="engine.set_motion(...) or --motion gives it one",
         )
     if request.mask is not None:
-        masks.check(request.mask, request.mask_feather)
+        _check_mask(request)
     for control in request.controls:
         if control.name not in parts.controls:
             known = ", ".join(parts.controls) or "none"
@@ -132,6 +132,31 @@ def _check_task(parts: Parts, request: Request) -> None:
                 f"there is no control {control.name!r}: the engine has {known}",
                 hint="engine.add_control(...) or --control REF=IMAGE adds one",
             )
+
+
+def _check_mask(request: Request) -> None:
+    """The mask as it is put to use: with `mask_crop` at its own size, else at the request's."""
+    assert isinstance(request.mask, Image.Image)
+    assert request.width is not None
+    assert request.height is not None
+    width, height = request.width, request.height
+    if request.mask_crop is None:
+        mask = images.resize(request.mask, width, height, request.resize)
+        if request.mask.size != (width, height):
+            message = f"the picture is resized from {request.mask.width}x{request.mask.height} to {width}x{height}"
+            message += ", also where the mask keeps it: with mask_crop it keeps its size"
+            warnings.warn(message, CalotypeWarning, stacklevel=5)
+    else:
+        mask = request.mask
+        for control in request.controls:
+            first = control.image[0] if isinstance(control.image, tuple) else control.image
+            if first.size != mask.size:
+                sizes = f"{first.width}x{first.height} and the image {mask.width}x{mask.height}"
+                raise UsageError(
+                    f"control {control.name!r} is {sizes}: with mask_crop they must be equal",
+                    hint="the control is cropped as the image is: resize one of them first",
+                )
+    masks.check(mask, request.mask_feather)
 
 
 def _grid(request: Request, schedule: NoiseSchedule) -> tuple[float, ...]:
@@ -313,10 +338,8 @@ def _picture_task(parts: Parts, request: Request, size: tuple[int, int], rows: i
         x0 = latents.encode(parts, pixels, draws.posterior)
         return _PictureTask(Source(_rows(x0, rows).to(weight)), None, None)
 
-    region = None if request.mask_crop is None else masks.crop_box(request.mask, size, request.mask_crop)
-    cut = [each if region is None else each.crop(region) for each in (*pictures, request.mask)]
-    # A cut part keeps its proportions whatever the mode: `masks.paste` takes the margins away again.
-    *scaled, mask = [images.resize(each, *size, request.resize if region is None else "pad") for each in cut]
+    region = _region(request, size)
+    *scaled, mask = [_to_size(each, request, size, region) for each in (*pictures, request.mask)]
     hole = masks.to_tensor(mask)  # (1, 1, H, W), 0 or 1
     pixels = torch.cat([images.to_tensor(each) for each in scaled])
     small = masks.to_latents(hole, parts.vae.config.downscale).to(weight)
@@ -331,6 +354,21 @@ def _picture_task(parts: Parts, request: Request, size: tuple[int, int], rows: i
     source = Source(x0.to(weight), small if plain else None, noised)
     finish = partial(_put_back, request=request, scaled=scaled, mask=mask, region=region)
     return _PictureTask(source, beside, finish)
+
+
+def _region(request: Request, size: tuple[int, int]) -> masks.Box | None:
+    """The part of the pictures to work on; None is all of them."""
+    if request.mask is None or request.mask_crop is None:
+        return None
+    return masks.crop_box(request.mask, size, request.mask_crop)
+
+
+def _to_size(picture: Image.Image, request: Request, size: tuple[int, int], region: masks.Box | None) -> Image.Image:
+    """A picture, or its part, as the networks see it."""
+    if region is None:
+        return images.resize(picture, *size, request.resize)
+    # A part keeps its proportions whatever the mode: `masks.paste` takes the margins away again.
+    return images.resize(picture.crop(region), *size, "pad")
 
 
 def _put_back(
@@ -359,7 +397,8 @@ def _steering(parts: Parts, control: Control, request: Request, size: tuple[int,
     pictures = control.image if isinstance(control.image, tuple) else (control.image,)
     if isinstance(network, T2IAdapter) and network.config.in_channels == 1:
         pictures = tuple(each.convert("L") for each in pictures)
-    pixels = torch.cat([images.to_unit(images.resize(each, *size, request.resize)) for each in pictures])
+    region = _region(request, size)
+    pixels = torch.cat([images.to_unit(_to_size(each, request, size, region)) for each in pictures])
     if isinstance(network, T2IAdapter):
         pixels = pixels[:, : network.config.in_channels]  # of grey, all are equal
         residuals = network(pixels.to(weight)).scaled(control.scale)

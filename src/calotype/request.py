@@ -75,6 +75,11 @@ class Control:
         if self.start >= self.end:
             raise UsageError(f"control {self.name!r}: start is {self.start:g} and end {self.end:g}: must be before it")
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Control:
+        """The control that `Request.to_json` wrote among the request's. Raises UsageError."""
+        return cls(**_fields_of(cls, values, "a control", ("name", "image")))
+
 
 @dataclass(frozen=True)
 class Request:
@@ -90,7 +95,7 @@ class Request:
     emphasis: read (), [], (x:1.3) and BREAK in the         evaluated in the first step only, and remembered.
     prompts as instructions.
     image: a picture to start from, or one a frame.         strength: how much of it may change, above 0 and up to 1.
-    mask: of the image's size; white is repainted.          mask_feather: pixels over which its edge is blended.
+    mask: of the image's size; white is repainted.          mask_feather: pixels of the result over which it fades.
     mask_crop: work on the masked part alone, with so many  resize: how pictures come to the size: "stretch", "crop"
     pixels around it, at the request's size.                (fill, cut the rest), "pad" (fit, fill the rest).
     controls: see Control.
@@ -210,7 +215,7 @@ class Request:
             raise UsageError(f"controls is {_shown(self.controls)}: must be a list of controls")
         if len(self.controls) > MAX_CONTROLS:
             raise UsageError(f"there are {len(self.controls)} controls: must be at most {MAX_CONTROLS}")
-        controls = tuple(Control(**each) if isinstance(each, dict) else each for each in self.controls)
+        controls = tuple(Control.from_json(each) if isinstance(each, dict) else each for each in self.controls)
         for control in controls:
             if not isinstance(control, Control):
                 raise UsageError(f"controls has {_shown(control)}: must be a Control")
@@ -252,14 +257,21 @@ class Request:
         """The request that `to_json` wrote. Raises UsageError, for an unknown field with the nearest known one."""
         if not isinstance(values, Mapping):
             raise UsageError(f"a request is {_shown(values)}: must be an object with a prompt")
-        known = [field.name for field in fields(cls)]
-        for name in values:
-            if name not in known:
-                hint = _nearest(ELSEWHERE.get(name, name), known)
-                raise UsageError(f"a request has no field {_shown(name)}: it has {', '.join(known)}", hint)
-        if "prompt" not in values:
-            raise UsageError("a request must have a prompt", "the empty text is a prompt")
-        return cls(**values)
+        return cls(**_fields_of(cls, values, "a request", ("prompt",)))
+
+
+def _fields_of(kind: type, values: Mapping[str, Any], what: str, needed: tuple[str, ...]) -> Mapping[str, Any]:
+    """The values, once all are known to be fields of that dataclass, and none that is needed is missing."""
+    known = [field.name for field in fields(kind)]
+    for name in values:
+        if name not in known:
+            hint = _nearest(ELSEWHERE.get(name, name), known)
+            raise UsageError(f"{what} has no field {_shown(name)}: it has {', '.join(known)}", hint)
+    for name in needed:
+        if name not in values:
+            hint = "the empty text is a prompt" if name == "prompt" else None
+            raise UsageError(f"{what} must have {'an' if name == 'image' else 'a'} {name}", hint)
+    return values
 
 
 def _text(field: str, value: object) -> str:
@@ -318,7 +330,7 @@ def _picture(field: str, value: object) -> Picture:
             raise UsageError(f"{field} has pictures of different sizes: must be equal")
         return flat
     if isinstance(value, Image.Image):
-        return value
+        return images.checked(value, field)
     if isinstance(value, str):
         return _from_uri(field, value)
     raise UsageError(

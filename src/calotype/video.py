@@ -20,7 +20,7 @@ from typing import IO, Any
 from PIL import Image, UnidentifiedImageError
 
 from calotype.errors import OutputError, UsageError
-from calotype.images import MAX_FILE_BYTES, MAX_METADATA, MAX_PIXELS, METADATA_KEY, on_white, write_whole
+from calotype.images import MAX_FILE_BYTES, MAX_METADATA, MAX_PIXELS, METADATA_KEY, on_white, opened, write_whole
 
 SUFFIXES = (".gif", ".webp", ".mp4")
 MAX_FPS = 60
@@ -66,6 +66,15 @@ def save(frames: Sequence[Image.Image], path: str | Path, fps: int, metadata: Ma
     return write_whole(path, encode(plain, fps, text))
 
 
+def is_clip(path: str | Path) -> bool:
+    """Whether a file is a GIF, WebP or MP4 file, whatever its name says. (A WebP file may be a still picture.)"""
+    if _is_mp4(path):
+        return True
+    with open(path, "rb") as file:
+        head = file.read(12)
+    return head.startswith(b"GIF8") or (head.startswith(b"RIFF") and head.endswith(b"WEBP"))
+
+
 def load_frames(path: str | Path, limit: int = MAX_FRAMES) -> list[Image.Image]:
     """The frames of a GIF, WebP or MP4 file in RGB, whatever its name says. What is transparent becomes white.
 
@@ -86,7 +95,7 @@ def load_frames(path: str | Path, limit: int = MAX_FRAMES) -> list[Image.Image]:
         raise
     except UnidentifiedImageError:
         raise UsageError(f"{shown} is not a clip in GIF, WebP or MP4: no other format is opened") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise UsageError(f"{shown} is too large: {error}", "make it smaller") from None
     except Exception as error:  # the parsers let through whatever they meet in a damaged file
         raise _damaged(shown, error) from None
@@ -203,7 +212,7 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 def _picture_frames(path: str | Path) -> Iterator[Image.Image]:
     """Those of a GIF or WebP file, through Pillow."""
     _check_file(path)
-    with Image.open(path, formats=("GIF", "WEBP")) as image:
+    with opened(path, ("GIF", "WEBP")) as image:
         for index in itertools.count():
             try:
                 image.seek(index)
@@ -216,7 +225,7 @@ def _picture_frames(path: str | Path) -> Iterator[Image.Image]:
 
 def _picture_comment(path: str | Path) -> str:
     _check_file(path)
-    with Image.open(path, formats=("GIF", "WEBP")) as image:
+    with opened(path, ("GIF", "WEBP")) as image:
         comment = image.info.get("comment", b"") if image.format == "GIF" else image.getexif().get(IMAGE_DESCRIPTION)
     return comment.decode("ascii", "replace") if isinstance(comment, bytes) else str(comment or "")
 

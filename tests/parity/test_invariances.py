@@ -11,6 +11,7 @@ import torch
 from diffusers import MotionAdapter
 from matrix.cells import ADAPTERS, CANDIDATES, LACKING, Cell
 from matrix.compare import Matrix
+from PIL import Image
 from reference import distance
 from torch import Tensor
 
@@ -102,6 +103,32 @@ def test_a_white_mask_is_no_mask(matrix: Matrix, adapter: str) -> None:
     white = matrix.world.mask.point(lambda _: 255)
     assert torch.equal(latents(engine, request, mask=white), latents(engine, request))
     assert distance(latents(engine, request, mask=matrix.world.mask), latents(engine, request)) > 1e-2
+
+
+@pytest.mark.parametrize("adapter", ["control", "t2i"])
+@pytest.mark.filterwarnings("ignore:the picture is resized")
+def test_a_control_is_cropped_as_the_picture_is(matrix: Matrix, adapter: str) -> None:
+    """Working on the mask's part is working on pictures of that part."""
+    cell = Cell("sd15", "lora", "inpaint 4", adapter, "off")
+    engine, request = matrix.ours.prepared(cell), matrix.ours.request(cell)
+    (control,) = request.controls
+    assert isinstance(request.image, Image.Image)
+    assert isinstance(control.image, Image.Image)
+    mask = Image.new("L", request.image.size)
+    mask.paste(255, (30, 20, 50, 40))
+    size = {"width": 64, "height": 64}
+    cropped = latents(engine, request, mask=mask, mask_crop=6, **size)
+    box = (24, 14, 56, 46)  # six pixels more on each side, which is square already
+    by_hand = {
+        "image": request.image.crop(box),
+        "mask": mask.crop(box),
+        "controls": (replace(control, image=control.image.crop(box)),),
+    }
+    assert torch.equal(cropped, latents(engine, request, **by_hand, **size))
+    assert distance(cropped, latents(engine, request, **by_hand | {"controls": request.controls}, **size)) > 1e-3
+    small = replace(control, image=control.image.resize((32, 32)))
+    with pytest.raises(calotype.UsageError, match=r"'(control|t2i) 1' is 32x32 and the image 96x64: with mask_crop"):
+        engine.resolve(replace(request, mask=mask, mask_crop=6, controls=(small,), **size))
 
 
 @pytest.mark.parametrize("task", ["text", "image"])

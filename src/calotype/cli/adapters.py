@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calotype.cli import parse
 from calotype.errors import UsageError
 
 if TYPE_CHECKING:
     from calotype import Control, Engine
+
+Added = Mapping[str, Any]  # the arguments with which the engine was given an adapter
 
 CANNY = "canny:"  # before a control's picture: its edges, found here
 
@@ -20,60 +23,69 @@ CANNY = "canny:"  # before a control's picture: its edges, found here
 class Adapters:
     """What `Engine.describe` calls loras, controls, embeddings and motion."""
 
-    loras: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> ref, weight_name, scale
-    controls: Mapping[str, str] = field(default_factory=dict)  # name -> ref
-    embeddings: Mapping[str, str] = field(default_factory=dict)  # token -> ref
-    motion: str | None = None
+    loras: Mapping[str, Added] = field(default_factory=dict)  # name -> ref, weight_name, scale
+    controls: Mapping[str, Added] = field(default_factory=dict)  # name -> ref, variant
+    embeddings: Sequence[Added] = ()  # ref, token, weight_name; without a token, the file says it
+    motion: Added | None = None  # ref, beta_schedule, variant
 
     @staticmethod
     def of(described: Mapping[str, Any]) -> Adapters:
         """Those of an engine's description. UsageError where somebody has broken it."""
-        loras, motion = described.get("loras", {}), described.get("motion")
-        controls, embeddings = described.get("controls", {}), described.get("embeddings", {})
-        sound = isinstance(loras, dict) and all(isinstance(each, dict) for each in loras.values())
-        for refs in (controls, embeddings):
-            sound = sound and isinstance(refs, dict) and all(isinstance(each, str) for each in refs.values())
-        if not sound or not isinstance(motion, str | None):
+        named = [described.get(kind, {}) for kind in ("loras", "controls", "embeddings")]
+        motion = described.get("motion")
+        if not all(isinstance(each, dict) and all(map(_is_sound, each.values())) for each in named) or not (
+            motion is None or _is_sound(motion)
+        ):
             raise UsageError("the calotype metadata is damaged where it names adapters")
-        return Adapters(loras, controls, embeddings, motion)
+        loras, controls, embeddings = named
+        return Adapters(loras, controls, [{**each, "token": token} for token, each in embeddings.items()], motion)
 
     def put_into(self, engine: Engine) -> None:
         """Loads them all. Raises ModelNotFoundError, CheckpointError."""
         if self.motion is not None:  # first: motion LoRAs need its modules
-            engine.set_motion(self.motion)
+            engine.set_motion(**self.motion)
         for name, lora in self.loras.items():
-            engine.add_lora(lora.get("ref", ""), name=name, weight_name=lora.get("weight_name"))
+            engine.add_lora(lora["ref"], name=name, weight_name=lora.get("weight_name"))
         if self.loras:
             engine.set_loras({name: lora.get("scale", 1.0) for name, lora in self.loras.items()})
-        for token, ref in self.embeddings.items():
-            engine.add_embedding(ref, token)
-        for name, ref in self.controls.items():
-            engine.add_control(ref, name=name)
+        for each in self.embeddings:
+            engine.add_embedding(**each)
+        for name, each in self.controls.items():
+            engine.add_control(**each, name=name)
 
 
-def loras(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+ADDED = {"ref": str, "weight_name": str, "variant": str, "beta_schedule": str, "scale": float | int}
+
+
+def _is_sound(each: object) -> bool:
+    """Whether a description of one adapter, out of somebody's file, is as an engine writes it."""
+    return (
+        isinstance(each, dict)
+        and isinstance(each.get("ref"), str)
+        and all(name in ADDED and isinstance(value, ADDED[name] | None) for name, value in each.items())
+    )
+
+
+def loras(texts: Sequence[str]) -> dict[str, Added]:
     """--lora REF[:SCALE], each under a name of its own."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Added] = {}
     for text in texts:
         ref, scale = _scaled(text)
         found[_unused(Path(ref).stem, found)] = {"ref": ref, "weight_name": None, "scale": scale}
     return found
 
 
-def embeddings(texts: Sequence[str]) -> dict[str, str]:
-    """--embedding REF[=TOKEN]; without a token it is the file's name."""
-    found = {}
-    for text in texts:
-        ref, _, token = text.partition("=")
-        found[token or Path(ref).stem] = ref
-    return found
+def embeddings(texts: Sequence[str]) -> list[Added]:
+    """--embedding REF[=TOKEN]; without a token it is what the file says."""
+    pairs = [text.partition("=") for text in texts]
+    return [{"ref": ref, "token": token or None} for ref, _, token in pairs]
 
 
-def controls(texts: Sequence[str]) -> tuple[dict[str, str], tuple[Control, ...]]:
+def controls(texts: Sequence[str], frames: int | None) -> tuple[dict[str, Added], tuple[Control, ...]]:
     """--control REF=IMAGE[:SCALE] (or REF=canny:IMAGE[:SCALE]): what to load, and what to ask for."""
-    from calotype import Control, canny, open_image
+    from calotype import Control, canny
 
-    refs: dict[str, str] = {}
+    added: dict[str, Added] = {}
     asked = []
     for text in texts:
         ref, equals, rest = text.partition("=")
@@ -81,12 +93,14 @@ def controls(texts: Sequence[str]) -> tuple[dict[str, str], tuple[Control, ...]]
             message = f"--control must be REF=IMAGE or REF=IMAGE:SCALE, not {text!r}"
             raise UsageError(message, hint=f"for example --control sd-controlnet-canny={CANNY}photo.jpg:0.8")
         path, scale = _scaled(rest)
-        picture = canny(open_image(path.removeprefix(CANNY))) if path.startswith(CANNY) else open_image(path)
-        known = next((name for name, other in refs.items() if other == ref), None)
-        name = _unused(Path(ref).stem, refs) if known is None else known
-        refs[name] = ref
+        picture: Any = parse.picture(Path(path.removeprefix(CANNY)), frames)
+        if path.startswith(CANNY):
+            picture = [canny(each) for each in picture] if isinstance(picture, list) else canny(picture)
+        known = next((name for name, other in added.items() if other["ref"] == ref), None)
+        name = _unused(Path(ref).stem, added) if known is None else known
+        added[name] = {"ref": ref}
         asked.append(Control(name, picture, scale))
-    return refs, tuple(asked)
+    return added, tuple(asked)
 
 
 def _scaled(text: str) -> tuple[str, float]:

@@ -35,7 +35,7 @@ def generate(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="The PNG to write (named after prompt and seed)."),
+        typer.Option("--output", "-o", metavar="FILE", help="The file to write (named after prompt and seed)."),
     ] = None,
     model: Annotated[str | None, typer.Option(metavar="M", help="Hub id, folder or file (the shipped model).")] = None,
     unet: Annotated[str | None, typer.Option(metavar="U", help="Take the U-Net from this model.")] = None,
@@ -105,7 +105,7 @@ def generate(
         bool | None, typer.Option("--emphasis/--no-emphasis", help="Read (word:1.2) as emphasis.", show_default=False)
     ] = None,
     like: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Repeat the request in this PNG; other options change it.")
+        Path | None, typer.Option(metavar="FILE", help="Repeat the request in this file; other options change it.")
     ] = None,
     device: Annotated[str | None, typer.Option(metavar="D", help="auto, cpu, cuda, mps.")] = None,
     dtype: Annotated[str | None, typer.Option(metavar="T", help="auto, float32, bfloat16, float16.")] = None,
@@ -124,9 +124,9 @@ def generate(
         n=n,
         width=width,
         height=height,
-        image=None if image is None else opened(image, frames),
+        image=None if image is None else parse.picture(image, frames),
         strength=strength,
-        mask=None if mask is None else opened(mask, None),
+        mask=None if mask is None else parse.picture(mask, None),
         mask_feather=mask_feather,
         mask_crop=mask_crop,
         resize=resize,
@@ -153,10 +153,10 @@ def generate(
     extras: dict[str, Any] = given(
         loras=adapters.loras(lora) if lora else None,
         embeddings=adapters.embeddings(embedding) if embedding else None,
-        motion=motion,
+        motion=None if motion is None else {"ref": motion},
     )
     if control:
-        extras["controls"], fields["controls"] = adapters.controls(control)
+        extras["controls"], fields["controls"] = adapters.controls(control, frames)
     job = new_job(fields, models, extras) if like is None else job_like(like, fields, models, extras)
     destination.check(output, job.count, clip=job.request.frames is not None)
     if job.request.frames is not None:
@@ -222,13 +222,6 @@ def job_like(path: Path, fields: dict[str, Any], models: dict[str, Any], extras:
     made_with = {name: value for name, value in metadata["model"].items() if name in LOAD_ARGUMENTS}
     added = replace(Adapters.of(metadata["model"]), **extras)
     return Job(replace(request, **fields), given(**made_with) | models, added, index)
-
-
-def opened(path: Path, frames: int | None) -> Any:
-    """A picture to start from; with frames to make, all those of a clip."""
-    from calotype import images, video
-
-    return images.open_image(path) if frames is None else video.load_frames(path, frames)
 
 
 def load(models: dict[str, Any], added: Adapters, show: Report) -> tuple[Engine, float]:

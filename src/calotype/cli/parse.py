@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 import reprlib
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from calotype.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def whole(text: str) -> int:
@@ -42,3 +47,13 @@ def timesteps(text: str) -> tuple[int, ...]:
         message = f"--timesteps must be whole numbers with commas between them, not {reprlib.repr(text)}"
         raise UsageError(message, hint="for example --timesteps 999,499")
     return tuple(int(part) for part in parts)
+
+
+def picture(path: Path, frames: int | None) -> Image.Image | list[Image.Image]:
+    """The picture in a file; where a clip is to be made, all of a clip's."""
+    from calotype import images, video
+
+    if frames is None or not video.is_clip(path):
+        return images.open_image(path)
+    found = video.load_frames(path, frames)
+    return found if len(found) > 1 else found[0]

@@ -13,7 +13,7 @@ from calotype.errors import UsageError
 
 
 def show(
-    file: Annotated[Path, typer.Argument(help="A PNG that calotype wrote.", metavar="FILE", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="What calotype generate wrote.", metavar="FILE", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print the metadata as one JSON object.")] = False,
 ) -> None:
     """Show the request that made a picture.
@@ -33,9 +33,10 @@ def recorded(path: Path) -> dict[str, Any]:
 
     Raises UsageError for any other picture, and for metadata that somebody has broken.
     """
-    from calotype.images import read_metadata
+    from calotype import images, video
 
-    metadata = read_metadata(path)
+    read = video.read_metadata if path.is_file() and video.is_clip(path) else images.read_metadata
+    metadata = read(path)
     if not _is_sound(metadata.get("request"), metadata.get("index"), metadata.get("model")):
         raise UsageError(f"the calotype metadata of {str(path)!r} is damaged")
     return metadata
@@ -52,5 +53,6 @@ def rows(metadata: dict[str, Any]) -> list[tuple[str, Any]]:
     """(name, value) of all that was set: the request first, then which picture of it, the model and the version."""
     request = metadata["request"]
     picture = {"picture": f"{metadata['index'] + 1} of {request.get('n', 1)}"}
-    facts = {**request, **picture, **metadata["model"], "calotype": metadata.get("calotype")}
+    model = {"control models" if name == "controls" else name: value for name, value in metadata["model"].items()}
+    facts = {**request, **picture, **model, "calotype": metadata.get("calotype")}
     return [(name, value) for name, value in facts.items() if value is not None and value != ""]

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from calotype.errors import CheckpointError, UnsafeFileError, UsageError
+from calotype.errors import CheckpointError, UsageError
 from calotype.nn.clip import CLIPText
 from calotype.text.encode import TextEncoder
-from calotype.weights.files import PICKLES, is_finite, read, shown
+from calotype.weights.files import PICKLES, is_finite, read, shown, unsafe
 from calotype.weights.source import resolve_file
 
 MAX_TOKEN = 100  # characters
@@ -59,7 +59,7 @@ def load_inversion(
 def read_inversion(path: Path, token: str | None = None) -> Inversion:
     """The textual inversion in a file; see `load_inversion`."""
     if path.suffix.lower() in PICKLES:
-        raise _pickled(path)
+        raise unsafe(path)
     tensors = read([path])
     keys = tuple(tensors)
     if set(keys) == set(XL):
@@ -72,16 +72,6 @@ def read_inversion(path: Path, token: str | None = None) -> Inversion:
             "one has a single tensor, or clip_l and clip_g",
         )
     return Inversion(_word(name if token is None else token), tuple(_rows(path, each) for each in vectors))
-
-
-def _pickled(path: Path) -> UnsafeFileError:
-    target = path.with_suffix(".safetensors")
-    return UnsafeFileError(
-        f"{path} is a pickle, which can run code when it is read; only .safetensors files are read",
-        'convert it once where you trust it: python -c "import torch, safetensors.torch as s; '
-        f"d = torch.load('{path}', weights_only=True); d = d.get('string_to_param', d); "
-        f"s.save_file({{k: v.detach() for k, v in d.items()}}, '{target}')\"",
-    )
 
 
 def _word(token: str) -> str:

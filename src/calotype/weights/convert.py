@@ -71,8 +71,11 @@ def convert(
             unpickle(path, unpickled)
             if output.suffix.lower() == SUFFIX and dtype is None:
                 unpickled.replace(output)
-            else:
+                return output
+            try:
                 _convert_file(unpickled, output, dtype, prediction)
+            except CheckpointError as error:  # the file that it names is gone
+                raise CheckpointError(error.message.replace(str(unpickled), str(path)), error.hint) from None
     return output
 
 
