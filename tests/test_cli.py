@@ -70,8 +70,8 @@ class FakeEngine:
     def set_motion(self, **given: Any) -> None:
         self.added["motion"] = given
 
-    def add_lora(self, ref: str, name: str, weight_name: str | None) -> None:
-        self.added.setdefault("loras", {})[name] = {"ref": ref, "weight_name": weight_name, "scale": 1.0}
+    def add_lora(self, name: str, **given: Any) -> None:
+        self.added.setdefault("loras", {})[name] = {**given, "scale": 1.0}
 
     def set_loras(self, mix: dict[str, float]) -> None:
         for name, scale in mix.items():
@@ -206,9 +206,9 @@ def test_pictures_and_adapters_reach_them_too(loader: Loader, tmp_path: Path) ->
     )  # fmt: skip
     described = {
         "loras": {
-            "paper": {"ref": "styles/paper", "weight_name": None, "scale": 0.8},
-            "lcm": {"ref": "lcm", "weight_name": None, "scale": 1.0},
-            "lcm-2": {"ref": "other/lcm", "weight_name": None, "scale": -1.0},
+            "paper": {"ref": "styles/paper", "scale": 0.8},
+            "lcm": {"ref": "lcm", "scale": 1.0},
+            "lcm-2": {"ref": "other/lcm", "scale": -1.0},
         },
         "controls": {"canny": {"ref": "canny"}},
         "embeddings": {"<what the file says>": {"ref": "e/cat.safetensors"}, "toy": {"ref": "e/x"}},

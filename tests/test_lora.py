@@ -432,7 +432,8 @@ def test_describe(parts: Parts, stack: Stack, tmp_path: Path) -> None:
     stack.add("it", load_lora(tmp_path, parts, weight_name="style.safetensors"), 0.8)
     stack.add("file", load_lora(tmp_path / "style.safetensors", parts))
     stack.set({"it": 0.5})
-    assert stack.describe() == [{"name": "it", "ref": str(tmp_path), "weight_name": "style.safetensors", "scale": 0.5}]
+    told = {"ref": str(tmp_path), "weight_name": "style.safetensors", "revision": None}
+    assert stack.describe() == [{"name": "it", **told, "scale": 0.5}]
 
 
 def test_a_loaded_adapter_outlives_its_file(parts: Parts, stack: Stack, tmp_path: Path) -> None:
@@ -727,6 +728,25 @@ def test_motion_loras(parts: Parts, stack: Stack, tmp_path: Path, naming: str) -
     stack.use(parts)
     stack.set({"style": 0.55, "zoom": 1.2})
     assert torch.equal(frames(), merged)
+
+
+def test_a_motion_lora_without_its_adapter_is_told_what_it_takes(parts: Parts, tmp_path: Path) -> None:
+    with_motion(parts.unet)
+    own = chosen({name: module for name, module in layers(parts.unet).items() if "motion_modules" in name}, ("to_q",))
+    path = save(tmp_path / "zoom.safetensors", peft_names(low_rank(own), "unet."))
+    motion.detach(parts.unet)
+    with pytest.raises(CheckpointError, match="name nothing in it") as caught:
+        load_lora(path, parts)
+    assert caught.value.hint == "a motion LoRA takes a motion adapter: set that first"
+
+
+@pytest.mark.parametrize("scale", ["1", None, True, float("nan"), torch.ones(2)])
+def test_a_scale_is_a_number(stack: Stack, parts: Parts, tmp_path: Path, scale: Any) -> None:
+    stack.add("style", attention_lora(parts, tmp_path))
+    before = digest(parts)
+    with pytest.raises(UsageError, match=r"the scale of 'style' is .*: a finite number is needed"):
+        stack.set({"style": scale})
+    assert digest(parts) == before
 
 
 # ---- which file ----

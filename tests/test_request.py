@@ -10,6 +10,7 @@ import random
 import re
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from calotype.errors import UsageError
-from calotype.request import Control, Request
+from calotype.request import Control, Request, adapter_name
 
 RED, WIDE = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (16, 8))
 
@@ -296,6 +297,21 @@ def test_pictures_are_checked_as_files_are() -> None:
 def test_json_that_is_no_control(control: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Request.from_json({"prompt": "x", "controls": [control]})
+
+
+@pytest.mark.parametrize(
+    ("ref", "name"),
+    [
+        ("lllyasviel/sd-controlnet-canny", "sd-controlnet-canny"),
+        ("diffusers/controlnet-canny-sdxl-1.0", "controlnet-canny-sdxl-1.0"),
+        ("org/style@v1.0", "style"),
+        ("loras/paper.cut.safetensors", "paper.cut"),
+        (Path("loras") / "paper", "paper"),
+        ("loras/paper/", "paper"),
+    ],
+)
+def test_adapters_have_names(ref: object, name: str) -> None:
+    assert adapter_name(ref) == name
 
 
 def test_without_pictures_json_tells_them_apart_and_asks_for_them() -> None:

@@ -40,8 +40,8 @@ OPTIONS = {
         --resume --device --offline --quiet -q --debug
     """,
     "eval": """
-        model --teacher --teacher-unet --prompts --samples --steps --guidance --batch --cache --output -o --seed
-        --device --dtype --offline --json --quiet -q --debug
+        model --teacher --teacher-unet --prompts --samples --steps --sampler --guidance --batch --cache --output -o
+        --seed --device --dtype --offline --json --quiet -q --debug
     """,
 }
 

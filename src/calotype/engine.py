@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping
+import warnings
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,14 +14,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from calotype.errors import UsageError
+from calotype.errors import CalotypeWarning, UsageError
 from calotype.generate import Step, develop, generate
 from calotype.images import save_png
-from calotype.lora import Stack, load_lora
+from calotype.lora import Delta, LoRA, Stack, load_lora
+from calotype.lora.live import Scale
 from calotype.nn import motion
 from calotype.parts import Motion, Parts, Stored
 from calotype.prepare import prepare, resolve, seeds
-from calotype.request import Request
+from calotype.request import Request, adapter_name
 from calotype.schedule import NoiseSchedule
 from calotype.text import inversion
 from calotype.weights.control import load_control
@@ -152,7 +155,7 @@ class Engine:
         `ref` is a .safetensors file, or a folder or Hub id with the file `weight_name`. Raises UsageError where the
         name is taken, ModelNotFoundError, CheckpointError where a key does not fit the model.
         """
-        name = Path(ref).stem if name is None else name
+        name = adapter_name(ref) if name is None else name
         lora = load_lora(ref, self.parts, weight_name=weight_name, revision=revision, offline=self._offline)
         self._stack.add(name, lora, scale)
         return name
@@ -164,25 +167,58 @@ class Engine:
         """
         self._stack.set(mix)
 
-    def add_control(self, ref: str | Path, name: str | None = None, *, variant: str | None = None) -> str:
+    def remove_lora(self, name: str) -> None:
+        """Takes a LoRA out of the mix and forgets it. Raises UsageError for a name that `add_lora` has not given."""
+        self._stack.remove(name)
+
+    @contextmanager
+    def live_loras(self, mix: Mapping[str, Scale]) -> Iterator[None]:
+        """Within it, LoRAs act beside the weights, on top of what is merged: none is written, so changing a scale costs
+        nothing, and each evaluation a little. A scale is a number, or a tensor with one for each row of the batch.
+
+        Raises UsageError.
+        """
+        with self._stack.live(mix):
+            yield
+
+    def add_control(
+        self,
+        ref: str | Path,
+        name: str | None = None,
+        *,
+        subfolder: str | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+    ) -> str:
         """Loads a ControlNet or T2I-Adapter, which is detected, under a name for requests' controls; returns the name.
 
-        Raises ModelNotFoundError, CheckpointError where it does not fit the model.
+        Raises UsageError where the name is taken, ModelNotFoundError, CheckpointError where it does not fit the model.
         """
-        name = Path(ref).stem if name is None else name
+        name = adapter_name(ref) if name is None else name
+        if name in self._controls:
+            raise UsageError(f"there is a control {name!r} already", "choose another name, or remove that one first")
         weight = next(self.parts.unet.parameters())
         network = load_control(
             ref,
             unet=self.parts.unet.config,
             downscale=self.parts.vae.config.downscale,
+            subfolder=subfolder,
             variant=variant,
+            revision=revision,
             offline=self._offline,
             device=weight.device,
             dtype=weight.dtype,
         )
         self.parts = replace(self.parts, controls={**self.parts.controls, name: network})
-        self._controls[name] = {"ref": str(ref), "variant": variant}
+        self._controls[name] = {"ref": str(ref), "subfolder": subfolder, "variant": variant, "revision": revision}
         return name
+
+    def remove_control(self, name: str) -> None:
+        """Forgets a control. Raises UsageError for a name that `add_control` has not given."""
+        if name not in self._controls:
+            raise UsageError(f"there is no control {name!r}: the engine has {', '.join(self._controls) or 'none'}")
+        del self._controls[name]
+        self.parts = replace(self.parts, controls={n: c for n, c in self.parts.controls.items() if n != name})
 
     def add_embedding(self, ref: str | Path, token: str | None = None, *, weight_name: str | None = None) -> str:
         """Loads a textual inversion: prompts that hold its token, which is returned, mean what was learnt.
@@ -198,8 +234,8 @@ class Engine:
         """Puts a motion adapter into the model, so that requests may have frames; None takes it out again.
 
         Motion modules were trained with linear betas; `beta_schedule` says otherwise. Pictures keep the model's own.
-        Motion LoRAs go with the adapter that they change. Raises ModelNotFoundError, CheckpointError where it does not
-        fit the model.
+        Motion LoRAs that do not fit the new adapter go with the old one (CalotypeWarning). Raises ModelNotFoundError,
+        CheckpointError where it does not fit the model.
         """
         if ref is None:
             self._exchange_motion(None, {})
@@ -220,22 +256,40 @@ class Engine:
         self._described["motion"] = {"ref": str(ref), "beta_schedule": beta_schedule, "variant": variant}
 
     def _exchange_motion(self, new: Motion | None, stored: Mapping[str, Stored]) -> None:
-        for name, lora in self._stack.loras.items():
-            if any(".motion_modules." in parameter for parameter in lora.deltas.get("unet", {})):
-                self._stack.remove(name)
+        there = {} if new is None else {name: p.shape for name, p in new.adapter.named_parameters()}
+        moving = {name for name, lora in self._stack.loras.items() if _motion_of(lora)}
+        fitting = {
+            name
+            for name in moving
+            if all(
+                parameter in there and delta.fits(tuple(there[parameter]))
+                for parameter, delta in _motion_of(self._stack.loras[name]).items()
+            )
+        }
+        for name in moving - fitting:
+            message = f"the LoRA {name!r} goes with the motion adapter that it changes"
+            warnings.warn(message, CalotypeWarning, stacklevel=3)
+            self._stack.remove(name)
+        mix = self._stack.mix
+        self._stack.set({name: scale for name, scale in mix.items() if name not in moving})
         motion.detach(self.parts.unet)
         if new is not None:
             motion.attach(self.parts.unet, new.adapter)
         others = {part: read for part, read in self.parts.stored.items() if part != "motion"}
         self.parts = replace(self.parts, motion=new, stored={**others, **stored})
         self._stack.use(self.parts)
-        self._stack.set(self._stack.mix)
+        self._stack.set(mix)
 
     def describe(self) -> dict[str, Any]:
         """Which model this is, how it was loaded and what was added: what it takes to load it again."""
         loras = {lora.pop("name"): lora for lora in self._stack.describe()}
         added = {"loras": loras, "controls": dict(self._controls), "embeddings": dict(self._embeddings)}
         return {**self._described, **{what: value for what, value in added.items() if value}}
+
+
+def _motion_of(lora: LoRA) -> dict[str, Delta]:
+    """What a LoRA changes of motion modules, by their parameters' names."""
+    return {name: delta for name, delta in lora.deltas.get("unet", {}).items() if ".motion_modules." in name}
 
 
 def load(

@@ -27,6 +27,8 @@ from calotype.request import Request
 from calotype.sampling import Eval, Sampler, guided
 from calotype.schedule import NoiseSchedule
 
+ROWS = 32  # that a ControlNet sees at a time: its memory must not grow with a clip's length
+
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
 UNetCall = Callable[[Tensor, Tensor, Conditioning, Residuals | None, int | None], Tensor]
 
@@ -62,7 +64,10 @@ class Steering:
             return self.residuals.repeat(copies)
         assert self.hint is not None
         hint = self.hint.repeat(copies, 1, 1, 1)
-        residuals: Residuals = self.network(x, t, conditioning, hint)
+        pieces = [slice(i, i + ROWS) for i in range(0, len(x), ROWS)]
+        residuals = Residuals.cat(
+            [self.network(x[some], t[some], conditioning.select(some), hint[some]) for some in pieces]
+        )
         if self.network.config.global_pool and copies == 2:  # these steer what is wanted alone, not the negative prompt
             wanted = torch.arange(len(x), device=x.device) >= len(x) // 2
             return residuals.scaled(self.scale * wanted)
@@ -124,9 +129,10 @@ class Job:
     finish: Callable[[list[Image.Image]], list[Image.Image]] | None = None  # puts what was not painted back
 
     @property
-    def evaluations(self) -> int:
-        """How often the network is evaluated for each picture, in all."""
-        return sum(self.guidance.evaluations(i) for i in range(len(self.grid)))
+    def evaluations(self) -> float:
+        """How often the U-Net is evaluated for each picture, in all; of frames in overlapping windows, on average."""
+        windows = sum(map(len, self.windows)) / self.request.frames if self.request.frames and self.windows else 1
+        return windows * sum(self.guidance.evaluations(i) for i in range(len(self.grid)))
 
     def evaluate(self, unet: UNetCall, ev: Eval) -> Tensor:
         """The network's output for one Eval, with everything that steers it."""

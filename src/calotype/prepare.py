@@ -23,7 +23,7 @@ from calotype.generate import Guidance, Job, Steering
 from calotype.nn.controlnet import ControlNet
 from calotype.nn.t2i_adapter import T2IAdapter
 from calotype.nn.tiny_vae import AutoencoderTiny
-from calotype.nn.unet import Conditioning
+from calotype.nn.unet import Conditioning, Residuals
 from calotype.nn.windows import LENGTH, OVERLAP, context_windows
 from calotype.parts import Parts
 from calotype.request import Control, Request
@@ -31,7 +31,7 @@ from calotype.sampling import Source, draw, draws_needed, generators_for, grid_f
 from calotype.schedule import NoiseSchedule
 
 IMAGE_STRENGTH = 0.5  # of image to image, where a request leaves it open; inpainting paints anew: 1
-CHUNK = 16  # frames whose posteriors the reference draws in one call
+CHUNK = 16  # frames whose posteriors the reference draws in one call, and that controls embed at a time
 MOST_PIXELS = 4  # a picture gives its size to a request that has none, up to so many times the model's own pixels
 
 
@@ -401,12 +401,15 @@ def _steering(parts: Parts, control: Control, request: Request, size: tuple[int,
     pixels = torch.cat([images.to_unit(_to_size(each, request, size, region)) for each in pictures])
     if isinstance(network, T2IAdapter):
         pixels = pixels[:, : network.config.in_channels]  # of grey, all are equal
-        residuals = network(pixels.to(weight)).scaled(control.scale)
+        residuals = Residuals.cat([network(some.to(weight)) for some in torch.split(pixels, CHUNK)]).scaled(
+            control.scale
+        )
         return Steering(
             control.start, control.end, control.scale, None, residuals=residuals.repeat(rows // len(pixels))
         )
     assert isinstance(network, ControlNet)
-    hint = _rows(network.embed_hint(pixels.to(weight)), rows)
+    hints = [network.embed_hint(some.to(weight)) for some in torch.split(pixels, CHUNK)]
+    hint = _rows(torch.cat(hints), rows)
     return Steering(control.start, control.end, control.scale, network, hint)
 
 

@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import operator
+import re
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from numbers import Real
@@ -258,6 +259,11 @@ class Request:
         if not isinstance(values, Mapping):
             raise UsageError(f"a request is {_shown(values)}: must be an object with a prompt")
         return cls(**_fields_of(cls, values, "a request", ("prompt",)))
+
+
+def adapter_name(ref: object) -> str:
+    """What an adapter is called that gets no name: the last part of what it was loaded from."""
+    return re.split(r"[/\\]", str(ref).rstrip("/"))[-1].partition("@")[0].removesuffix(".safetensors")
 
 
 def _fields_of(kind: type, values: Mapping[str, Any], what: str, needed: tuple[str, ...]) -> Mapping[str, Any]:

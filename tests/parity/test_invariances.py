@@ -125,7 +125,7 @@ def test_a_control_is_cropped_as_the_picture_is(matrix: Matrix, adapter: str) ->
         "controls": (replace(control, image=control.image.crop(box)),),
     }
     assert torch.equal(cropped, latents(engine, request, **by_hand, **size))
-    assert distance(cropped, latents(engine, request, **by_hand | {"controls": request.controls}, **size)) > 1e-3
+    assert distance(cropped, latents(engine, request, **by_hand | {"controls": request.controls}, **size)) > 1e-4
     small = replace(control, image=control.image.resize((32, 32)))
     with pytest.raises(calotype.UsageError, match=r"'(control|t2i) 1' is 32x32 and the image 96x64: with mask_crop"):
         engine.resolve(replace(request, mask=mask, mask_crop=6, controls=(small,), **size))

@@ -45,7 +45,7 @@ class Adapters:
         if self.motion is not None:  # first: motion LoRAs need its modules
             engine.set_motion(**self.motion)
         for name, lora in self.loras.items():
-            engine.add_lora(lora["ref"], name=name, weight_name=lora.get("weight_name"))
+            engine.add_lora(**{key: value for key, value in lora.items() if key != "scale"}, name=name)
         if self.loras:
             engine.set_loras({name: lora.get("scale", 1.0) for name, lora in self.loras.items()})
         for each in self.embeddings:
@@ -54,7 +54,7 @@ class Adapters:
             engine.add_control(**each, name=name)
 
 
-ADDED = {"ref": str, "weight_name": str, "variant": str, "beta_schedule": str, "scale": float | int}
+TEXTS = ("ref", "weight_name", "subfolder", "variant", "revision", "beta_schedule")
 
 
 def _is_sound(each: object) -> bool:
@@ -62,16 +62,18 @@ def _is_sound(each: object) -> bool:
     return (
         isinstance(each, dict)
         and isinstance(each.get("ref"), str)
-        and all(name in ADDED and isinstance(value, ADDED[name] | None) for name, value in each.items())
+        and all(isinstance(value, str | None) if name in TEXTS else name == "scale" for name, value in each.items())
     )
 
 
 def loras(texts: Sequence[str]) -> dict[str, Added]:
     """--lora REF[:SCALE], each under a name of its own."""
+    from calotype.request import adapter_name
+
     found: dict[str, Added] = {}
     for text in texts:
         ref, scale = _scaled(text)
-        found[_unused(Path(ref).stem, found)] = {"ref": ref, "weight_name": None, "scale": scale}
+        found[_unused(adapter_name(ref), found)] = {"ref": ref, "scale": scale}
     return found
 
 
@@ -84,6 +86,7 @@ def embeddings(texts: Sequence[str]) -> list[Added]:
 def controls(texts: Sequence[str], frames: int | None) -> tuple[dict[str, Added], tuple[Control, ...]]:
     """--control REF=IMAGE[:SCALE] (or REF=canny:IMAGE[:SCALE]): what to load, and what to ask for."""
     from calotype import Control, canny
+    from calotype.request import adapter_name
 
     added: dict[str, Added] = {}
     asked = []
@@ -97,7 +100,7 @@ def controls(texts: Sequence[str], frames: int | None) -> tuple[dict[str, Added]
         if path.startswith(CANNY):
             picture = [canny(each) for each in picture] if isinstance(picture, list) else canny(picture)
         known = next((name for name, other in added.items() if other["ref"] == ref), None)
-        name = _unused(Path(ref).stem, added) if known is None else known
+        name = _unused(adapter_name(ref), added) if known is None else known
         added[name] = {"ref": ref}
         asked.append(Control(name, picture, scale))
     return added, tuple(asked)

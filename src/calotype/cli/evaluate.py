@@ -42,6 +42,9 @@ def evaluate(
         int, typer.Option(metavar="N", min=3, help="How many pictures of each kind; prompts are repeated as needed.")
     ] = 1000,
     steps: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of steps to try.")] = "1,2,4,8",
+    sampler: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model's: lcm, tcd, ddim, euler [default: its own].")
+    ] = None,
     guidance: Annotated[
         float | None,
         typer.Option(metavar="G", parser=parse.number, help="Guidance scale [default: the model's own]."),
@@ -68,7 +71,7 @@ def evaluate(
     """
     counts = parse_steps(steps)
     texts = read_prompts(prompts if prompts is not None else find_prompts(teacher, teacher_unet), samples)
-    check(texts, counts, guidance, seed)
+    check(texts, counts, sampler, guidance, seed)
     if output is not None:
         destination.check(output, 1)
     folder = default_cache() if cache is None else cache
@@ -80,7 +83,7 @@ def evaluate(
         where = {"device": device, "dtype": dtype, "offline": offline}
         student = fast(calotype.load(model, **where).parts)  # type: ignore[arg-type]
         origin = fast(calotype.load(teacher, unet=teacher_unet, **where).parts)  # type: ignore[arg-type]
-        table = measure(student, origin, texts, counts, guidance, seed, batch, folder, show)
+        table = measure(student, origin, texts, counts, sampler, guidance, seed, batch, folder, show)
     if output is not None:
         draw_grid(table, texts, output)
     typer.echo(json.dumps(to_json(table)) if as_json else "\n".join(lines(table)))
@@ -100,6 +103,7 @@ def measure(
     teacher: Parts,
     prompts: Sequence[str],
     steps: Sequence[int],
+    sampler: str | None,
     guidance: float | None,
     seed: int,
     batch: int,
@@ -110,7 +114,7 @@ def measure(
     from calotype.training import evaluate as training
 
     run = training.evaluate(
-        student, teacher, prompts, steps=steps, guidance=guidance, seed=seed, batch=batch, cache=cache
+        student, teacher, prompts, steps=steps, sampler=sampler, guidance=guidance, seed=seed, batch=batch, cache=cache
     )
     for event in run:
         if isinstance(event, training.Table):
@@ -155,12 +159,12 @@ def read_prompts(path: Path, count: int) -> list[str]:
     return list(itertools.islice(itertools.cycle(found), count))
 
 
-def check(prompts: Sequence[str], steps: Sequence[int], guidance: float | None, seed: int) -> None:
+def check(prompts: Sequence[str], steps: Sequence[int], sampler: str | None, guidance: float | None, seed: int) -> None:
     """Raises UsageError for what no request may have, before anything is loaded."""
     from calotype.request import Request
 
     for prompt in dict.fromkeys(prompts):
-        Request(prompt, guidance=guidance, seed=seed)
+        Request(prompt, sampler=sampler, guidance=guidance, seed=seed)
     for count in steps:
         Request("", steps=count)
 

@@ -198,6 +198,7 @@ class LoRA:
     weight_name: str | None  # which file there
     # "unet", "text_encoder" or "text_encoder_2" -> its parameters -> the change of each
     deltas: Mapping[str, Mapping[str, Delta]]
+    revision: str | None = None
 
 
 def _require(fits: bool) -> None:

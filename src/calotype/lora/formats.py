@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,8 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from calotype.errors import CheckpointError
-from calotype.families import FAMILIES, SDXL
+from calotype.errors import CalotypeWarning, CheckpointError
+from calotype.families import FAMILIES, SDXL, SSD1B
 from calotype.lora.deltas import Decomposed, Delta, Difference, Hadamard, Kronecker, LoRA, LowRank, Plain, Shape
 from calotype.lora.names import NETWORKS, Names, networks
 from calotype.parts import Parts
@@ -57,7 +58,7 @@ def load_lora(
     path = source.resolve_file(
         ref, weight_name, preferred=(DEFAULT_FILE, PEFT_FILE), beside=(PEFT_CONFIG,), revision=revision, offline=offline
     )
-    return LoRA(str(ref), weight_name, read_lora(path, parts))
+    return LoRA(str(ref), weight_name, read_lora(path, parts), revision)
 
 
 def read_lora(path: Path, parts: Parts) -> dict[str, dict[str, Delta]]:
@@ -75,10 +76,11 @@ def read_lora(path: Path, parts: Parts) -> dict[str, dict[str, Delta]]:
     names, scalings = Names.of(parts), read_scalings(path)
     found: dict[str, dict[str, Delta]] = {}
     misshapen: list[str] = []
+    middle: list[str] = []
     for name, layer in layers.items():
         target = names.find(name)
         if target is None:
-            strange.append(name)
+            (middle if _is_missing_middle(name, parts) else strange).append(name)
             continue
         network, module = target
         ours = shapes[network]
@@ -98,12 +100,38 @@ def read_lora(path: Path, parts: Parts) -> dict[str, dict[str, Delta]]:
                 misshapen.append(f"{name}: {list(made[parameter])}, the model's is {list(ours[full])}")
             else:
                 found.setdefault(network, {})[full] = delta
-    if strange or misshapen:
-        raise _misfit(path, parts, len(layers), strange, misshapen, tensors)
+    if strange or misshapen or not found:
+        raise _misfit(path, parts, len(layers), strange or middle, misshapen, tensors)
+    config = parts.unet.config
+    xl = config.addition_in_dim is not None and config.mid_depth is not None
+    if xl and _spares_the_middle(found.get("unet", {})):
+        raise CheckpointError(
+            f"{path} does not fit {SDXL.title}: it changes attention everywhere but in the middle block, whose"
+            f" convolutions it changes; it looks made for {SSD1B.title}",
+            FAMILY_HINT,
+        )
+    if middle:
+        message = f"{path} also changes motion modules in the middle block, which the motion adapter lacks"
+        warnings.warn(f"{message}: those {len(middle)} layers are left out", CalotypeWarning, stacklevel=4)
     return {
         network: {name: _owned(delta, f"{path}: {name}") for name, delta in deltas.items()}
         for network, deltas in found.items()
     }
+
+
+def _is_missing_middle(name: str, parts: Parts) -> bool:
+    """Whether a layer is in motion modules of the middle block, which an adapter of version 1 or 3 does not have.
+
+    The released motion LoRAs were trained on version 2, which does, and are used on the others all the same.
+    """
+    found = re.search(r"mid_block[._]motion_modules[._]", name) is not None
+    return found and parts.motion is not None and parts.motion.adapter.config.mid_depth is None
+
+
+def _spares_the_middle(names: Iterable[str]) -> bool:
+    """Whether an adapter's layers are all that SSD-1B has, which is SDXL less the middle's attention, and more."""
+    told = " ".join(names)
+    return "mid_block.resnets.0." in told and ".attentions." in told and "mid_block.attentions." not in told
 
 
 KNOWN = "known are LoRA, LoCon, LoHa, LoKr and DoRA as diffusers, PEFT, kohya's scripts and LyCORIS write them"
@@ -307,11 +335,17 @@ def _misfit(
     faults = (("name nothing in it", strange), ("are of another shape", misshapen))
     said = "; ".join(f"{len(names)} {what} ({_first(names)})" for what, names in faults if names)
     likely = made_for({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    hint = FAMILY_HINT
+    if parts.motion is None and any("motion_modules" in name for name in strange):
+        hint = "a motion LoRA takes a motion adapter: set that first"
     return CheckpointError(
         f"{path} does not fit {titles.get(parts.family, 'this model')}: of its {count} layers {said}"
         + ("" if likely is None else f"; it looks made for {likely}"),
-        "an adapter fits models of the family that it was trained on",
+        hint,
     )
+
+
+FAMILY_HINT = "an adapter fits models of the family that it was trained on"
 
 
 def _first(names: list[str]) -> str:

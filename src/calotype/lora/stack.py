@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from calotype.lora.deltas import LoRA
 from calotype.lora.live import Scale, Term, hook, term
 from calotype.lora.names import MOTION, NETWORKS, networks
 from calotype.parts import Parts
-from calotype.weights.files import is_finite
+from calotype.weights.files import is_finite, shown
 
 Target = tuple[str, str]  # network, parameter
 Share = tuple[str, float]  # adapter's name, its scale
@@ -53,7 +54,13 @@ class Stack:
     def describe(self) -> list[dict[str, Any]]:
         """The merged mix, as what it takes to make it again."""
         return [
-            {"name": name, "ref": lora.ref, "weight_name": lora.weight_name, "scale": self._mix[name]}
+            {
+                "name": name,
+                "ref": lora.ref,
+                "weight_name": lora.weight_name,
+                "revision": lora.revision,
+                "scale": self._mix[name],
+            }
             for name, lora in self._loras.items()
             if name in self._mix
         ]
@@ -98,8 +105,8 @@ class Stack:
         """
         self._check_known(mix)
         for name, scale in mix.items():
-            if not math.isfinite(scale):
-                raise UsageError(f"the scale of {name!r} is {scale}: a finite number is needed")
+            if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
+                raise UsageError(f"the scale of {name!r} is {shown(scale)}: a finite number is needed")
         parameters, after = self._parameters(), self._shares(mix)
         if missing := next((target for target in after if target not in parameters), None):
             raise UsageError(

@@ -96,6 +96,19 @@ class Residuals:
         """The rows `copies` times over."""
         return self if copies == 1 else self._each(lambda x: x.repeat(copies, 1, 1, 1))
 
+    @staticmethod
+    def cat(parts: Sequence[Residuals]) -> Residuals:
+        """Those of some rows and of the next, in one."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def join(maps: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+            return tuple(torch.cat(rows) for rows in zip(*maps, strict=True))
+
+        mids = [part.mid for part in parts if part.mid is not None]
+        mid = torch.cat(mids) if mids else None
+        return Residuals(join([part.down for part in parts]), mid, join([part.level for part in parts]))
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Residuals:
         mid = None if self.mid is None else change(self.mid)
         return Residuals(tuple(map(change, self.down)), mid, tuple(map(change, self.level)))

@@ -208,6 +208,7 @@ def evaluate(
     prompts: Sequence[str],
     *,
     steps: Sequence[int] = (1, 2, 4, 8),
+    sampler: str | None = None,
     guidance: float | None = None,
     seed: int = 0,
     batch: int = 20,
@@ -216,9 +217,10 @@ def evaluate(
     """Draws everything and compares it; yields Progress and, last of all, the Table.
 
     The teacher draws `prompts` in 50 DDIM steps with seeds `seed`, `seed` + 1, ... and once more with other seeds: how
-    far those two sets are apart is the floor. Then the student, and the teacher by DDIM, draw them in each number of
-    `steps` with the first seeds. All at the same guidance (None: the student's default) and size; the teacher's
-    timesteps have trailing spacing. `cache` is a folder for the 50-step pictures; an interrupted run goes on from it.
+    far those two sets are apart is the floor. Then the student by `sampler` (None: its default), and the teacher by
+    DDIM, draw them in each number of `steps` with the first seeds. All at the same guidance (None: the student's
+    default) and size; the teacher's timesteps have trailing spacing. `cache` is a folder for the 50-step pictures; an
+    interrupted run goes on from it.
 
     Raises UsageError for less than 3 prompts, a number of steps beyond the grid, or models of different sizes.
     """
@@ -233,7 +235,8 @@ def evaluate(
 
     aim = Series(teacher, "ddim", TEACHER_STEPS, scale, tuple(prompts), seeds)
     floor = replace(aim, seeds=tuple(each + OTHER_SEEDS for each in seeds))
-    rivals = [replace(aim, parts=student, sampler=student.defaults.sampler, steps=n) for n in steps]
+    own = student.defaults.sampler if sampler is None else sampler
+    rivals = [replace(aim, parts=student, sampler=own, steps=n) for n in steps]
     rivals += [replace(aim, steps=n) for n in steps]
     names = [f"{who}, {n} step{'s' if n > 1 else ''}" for who in ("student", "teacher") for n in steps]
     for series in (aim, *rivals):

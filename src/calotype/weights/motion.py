@@ -138,7 +138,7 @@ def _names(files_own: Iterable[str], path: Path) -> dict[str, str]:
     """Our names of a file's tensors -> the file's own."""
     found: dict[str, str] = {}
     for theirs in files_own:
-        ours = theirs
+        ours = theirs.removeprefix("module.")  # distributed training's
         for old, new in OLD_NAMES:
             ours = ours.replace(old, new)
         if ours in found:
