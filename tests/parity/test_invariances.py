@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from copy import copy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import MotionAdapter
-from matrix.cells import ADAPTERS, CANDIDATES, LACKING, Cell
+from diffusers import MotionAdapter, UNet2DConditionModel
+from matrix.cells import ADAPTERS, CANDIDATES, GUIDANCES, LACKING, Cell
 from matrix.compare import Matrix
+from matrix.ours import Ours
+from matrix.theirs import fold
 from PIL import Image
 from reference import distance
 from torch import Tensor
@@ -18,6 +24,7 @@ from torch import Tensor
 import calotype
 
 ALONE = 1e-5
+LCM = [cell for cell in CANDIDATES if cell.model == "lcm"]
 PLAIN = Cell("sd15", "lcm", "text", "none", "embedded")
 # One cell of each task and adapter, the families and models in turn.
 EACH = [
@@ -27,6 +34,12 @@ EACH = [
         dict.fromkeys((cell.task, cell.adapter) for cell in CANDIDATES),
         strict=False,
     )
+]
+
+# The same of those with a guidance embedding, whether diffusers has them or not; the families in turn.
+EMBEDDED = [
+    next(cell for cell in LCM[turn % 3 * len(LCM) // 3 :] if (cell.task, cell.adapter) == combination)
+    for turn, combination in enumerate(dict.fromkeys((cell.task, cell.adapter) for cell in LCM))
 ]
 
 
@@ -53,6 +66,37 @@ def test_a_picture_of_several_is_that_of_its_seed(matrix: Matrix, cell: Cell) ->
     for i, own in enumerate(together.split(rows)):
         assert distance(own, matrix.ours(cell, seed=7 + i)) < ALONE
     assert distance(together[:rows], together[rows:]) > 1e-2
+
+
+# ---- guidance by embedding ----
+
+
+@pytest.fixture(scope="module")
+def unembedded(matrix: Matrix, tmp_path_factory: pytest.TempPathFactory) -> Ours:
+    """The same models without a guidance embedding: that of one guidance is in a bias instead."""
+
+    @cache
+    def model(family: str, model: str, channels: int) -> Path:
+        source = matrix.world.model(family, model, channels)
+        folder = tmp_path_factory.mktemp("folded") / "model"
+        shutil.copytree(source, folder, copy_function=os.link, ignore=shutil.ignore_patterns("unet"))
+        unet = UNet2DConditionModel.from_pretrained(source / "unet")
+        with torch.no_grad():
+            fold(unet, GUIDANCES["embedded"][0])
+        unet.save_pretrained(folder / "unet")
+        return folder
+
+    world = copy(matrix.world)
+    world.model = model  # type: ignore[method-assign]
+    return Ours(world, matrix.ours.grid)
+
+
+@pytest.mark.parametrize("cell", EMBEDDED, ids=str)
+def test_guidance_is_embedded_whatever_the_task_and_the_adapters(matrix: Matrix, unembedded: Ours, cell: Cell) -> None:
+    """diffusers drops it in many of these."""
+    made, plain = matrix.ours(cell), unembedded(cell, guidance=1.0)
+    assert distance(made, plain) < ALONE
+    assert distance(matrix.ours(cell, guidance=4.0), plain) > 1e-3
 
 
 # ---- switched off ----
