@@ -571,8 +571,16 @@ def test_warnings_are_lines(loader: Loader, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interruption_leaves_no_file_and_no_traceback(
-    number: signal.Signals, code: int, loader: Loader, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals,
+    code: int,
+    loader: Loader,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, ours))
+
     def interrupt(index: int) -> None:
         if index == 2:
             os.kill(os.getpid(), number)
