@@ -74,46 +74,41 @@ def write_index(folder: Path, pipeline: str, scheduler: str, *, xl: bool = False
 
 # ---- the topologies ----
 
+NARROW_L: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+NARROW_G: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "projection_dim": 40}
+CLIP_L: dict[str, Any] = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "vocab_size": 49408,
+}
+CLIP_G: dict[str, Any] = {
+    "hidden_size": 1280,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "vocab_size": 49408,
+}
+FULL_VAE: dict[str, Any] = {"block_out_channels": (128, 256, 512, 512)}
 
-def sd15_lcm(folder: Path) -> None:
-    """LCM_Dreamshaper_v7's structure: Stable Diffusion 1.5 with a guidance embedding."""
+
+def sd15_lcm(folder: Path, *, full: bool = False) -> None:
+    """LCM_Dreamshaper_v7's structure: Stable Diffusion 1.5 with a guidance embedding.
+
+    At its full size it has 860 million parameters in the U-Net, 123 in the text encoder, 84 in the VAE.
+    """
+    narrow: dict[str, Any] = {"block_out_channels": (32, 64, 96, 96), "cross_attention_dim": 32, "sample_size": 12}
+    wide: dict[str, Any] = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "sample_size": 64}
     write_unet(
         folder / "unet",
         (True, True, True, False),
-        block_out_channels=(32, 64, 96, 96),
         layers_per_block=2,
-        cross_attention_dim=32,
         attention_head_dim=8,
         time_cond_proj_dim=256,
-        sample_size=12,
+        **(wide if full else narrow),
     )
-    write_vae(folder / "vae")
-    write_text(folder, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, hidden_act="quick_gelu")
-    write_scheduler(folder / "scheduler", "LCM")
-    write_index(folder, "LatentConsistencyModelPipeline", "LCM")
-
-
-def sd15_full(folder: Path) -> None:
-    """The same at its full size: 860 million parameters in the U-Net, 123 in the text encoder, 84 in the VAE."""
-    write_unet(
-        folder / "unet",
-        (True, True, True, False),
-        block_out_channels=(320, 640, 1280, 1280),
-        layers_per_block=2,
-        cross_attention_dim=768,
-        attention_head_dim=8,
-        time_cond_proj_dim=256,
-        sample_size=64,
-    )
-    write_vae(folder / "vae", block_out_channels=(128, 256, 512, 512), sample_size=512)
-    write_text(
-        folder,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        hidden_act="quick_gelu",
-        vocab_size=49408,
-    )
+    write_vae(folder / "vae", **(FULL_VAE if full else {}))
+    write_text(folder, hidden_act="quick_gelu", **(CLIP_L if full else NARROW_L))
     write_scheduler(folder / "scheduler", "LCM")
     write_index(folder, "LatentConsistencyModelPipeline", "LCM")
 
@@ -146,59 +141,39 @@ def sd21(folder: Path) -> None:
     write_index(folder, "StableDiffusionPipeline", "DDIM")
 
 
-def sdxl(folder: Path, *, lcm: bool = False) -> None:
-    """SDXL: two text encoders, sizes and crops, several transformer blocks a level, none in the widest."""
+def sdxl(folder: Path, *, lcm: bool = False, full: bool = False) -> None:
+    """SDXL: two text encoders, sizes and crops, several transformer blocks a level, none in the widest.
+
+    At its full size it has 2.57 billion parameters in the U-Net, 0.82 in the text encoders.
+    """
+    narrow: dict[str, Any] = {
+        "block_out_channels": (32, 64, 96),
+        "cross_attention_dim": 32 + 48,
+        "attention_head_dim": [2, 4, 8],
+        "transformer_layers_per_block": [1, 2, 3],
+        "addition_time_embed_dim": 16,
+        "projection_class_embeddings_input_dim": 40 + 6 * 16,
+        "sample_size": 12,
+    }
+    wide: dict[str, Any] = {
+        "block_out_channels": (320, 640, 1280),
+        "cross_attention_dim": 768 + 1280,
+        "attention_head_dim": [5, 10, 20],
+        "transformer_layers_per_block": [1, 2, 10],
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 1280 + 6 * 256,
+        "sample_size": 128,
+    }
     write_unet(
         folder / "unet",
         (False, True, True),
-        block_out_channels=(32, 64, 96),
         layers_per_block=2,
-        cross_attention_dim=32 + 48,
-        attention_head_dim=[2, 4, 8],
-        transformer_layers_per_block=[1, 2, 3],
         use_linear_projection=True,
         addition_embed_type="text_time",
-        addition_time_embed_dim=16,
-        projection_class_embeddings_input_dim=40 + 6 * 16,
         time_cond_proj_dim=256 if lcm else None,
-        sample_size=12,
+        **(wide if full else narrow),
     )
-    write_xl_rest(folder, "LCM" if lcm else "EulerDiscrete")
-
-
-def sdxl_full(folder: Path) -> None:
-    """SDXL at its full size: 2.57 billion parameters in the U-Net, 0.82 in the text encoders."""
-    write_unet(
-        folder / "unet",
-        (False, True, True),
-        block_out_channels=(320, 640, 1280),
-        layers_per_block=2,
-        cross_attention_dim=768 + 1280,
-        attention_head_dim=[5, 10, 20],
-        transformer_layers_per_block=[1, 2, 10],
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=1280 + 6 * 256,
-        time_cond_proj_dim=256,
-        sample_size=128,
-    )
-    write_vae(folder / "vae", block_out_channels=(128, 256, 512, 512), sample_size=1024, scaling_factor=0.13025)
-    shape: dict[str, Any] = {"vocab_size": 49408}
-    write_text(folder, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, hidden_act="quick_gelu", **shape)
-    write_text(
-        folder,
-        2,
-        pad="!",
-        hidden_size=1280,
-        num_hidden_layers=32,
-        num_attention_heads=20,
-        hidden_act="gelu",
-        projection_dim=1280,
-        **shape,
-    )
-    write_scheduler(folder / "scheduler", "LCM")
-    write_index(folder, "StableDiffusionXLPipeline", "LCM", xl=True)
+    write_xl_rest(folder, "LCM" if lcm else "EulerDiscrete", full=full)
 
 
 def ssd1b_lcm(folder: Path) -> None:
@@ -223,20 +198,10 @@ def ssd1b_lcm(folder: Path) -> None:
     write_xl_rest(folder, "LCM")
 
 
-def write_xl_rest(folder: Path, scheduler: str) -> None:
-    write_vae(folder / "vae", scaling_factor=0.13025)
-    write_text(folder, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, hidden_act="quick_gelu")
-    write_text(
-        folder,
-        2,
-        pad="!",
-        hidden_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        hidden_act="gelu",
-        projection_dim=40,
-        eos_token_id=2,
-    )
+def write_xl_rest(folder: Path, scheduler: str, *, full: bool = False) -> None:
+    write_vae(folder / "vae", scaling_factor=0.13025, **(FULL_VAE if full else {}))
+    write_text(folder, hidden_act="quick_gelu", **(CLIP_L if full else NARROW_L))
+    write_text(folder, 2, pad="!", hidden_act="gelu", eos_token_id=2, **(CLIP_G if full else NARROW_G))
     spaced = {"timestep_spacing": "leading", "steps_offset": 1} if scheduler == "EulerDiscrete" else {}
     write_scheduler(folder / "scheduler", scheduler, **spaced)
     write_index(folder, "StableDiffusionXLPipeline", scheduler, xl=True)
@@ -244,11 +209,11 @@ def write_xl_rest(folder: Path, scheduler: str) -> None:
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "sd15-lcm": sd15_lcm,
-    "sd15-lcm-full": sd15_full,
+    "sd15-lcm-full": lambda folder: sd15_lcm(folder, full=True),
     "sd21": sd21,
     "sdxl": sdxl,
     "sdxl-lcm": lambda folder: sdxl(folder, lcm=True),
-    "sdxl-lcm-full": sdxl_full,
+    "sdxl-lcm-full": lambda folder: sdxl(folder, lcm=True, full=True),
     "ssd1b-lcm": ssd1b_lcm,
 }
 REDUCED = tuple(name for name in WRITERS if not name.endswith("full"))
