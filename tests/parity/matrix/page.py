@@ -18,7 +18,8 @@ the relative L2 distance of the final latents. {cells} cells are what diffusers 
 leaves the guidance embedding out, so it is given a U-Net with that guidance folded into a bias. The worst of all is
 {worst}.
 
-Written by `scripts/parity`; the tests hold every figure under 1e-4.
+Written by `scripts/parity`; the tests hold every figure under 1e-4. Five of the cells run at the real sizes of Stable
+Diffusion 1.5 and SDXL as well (`scripts/test-slow`).
 
 - *embedded*: a latent consistency model at guidance 8. The others are the base model with an LCM-LoRA: *off* is
   guidance 1, *cfg* 1.5, *negative* 1.5 with a negative prompt.
