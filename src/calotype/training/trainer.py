@@ -302,7 +302,7 @@ def _save(state: State, output: Path) -> None:
 def _restore(state: State, folder: Path, settings: Settings) -> None:
     saved = json.loads((folder / "state.json").read_text())
     state.step, state.history = saved["step"], saved["history"]
-    now, before = asdict(settings), state.history[-1]
+    now, before = asdict(settings), asdict(Settings()) | state.history[-1]  # an older run knows fewer settings
     for name in ("lora", "lora_rank"):
         if now[name] != before[name]:
             raise UsageError(f"{name} is {now[name]}, and the run in this folder has {before[name]}: they must agree")
