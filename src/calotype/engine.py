@@ -19,6 +19,7 @@ from calotype.generate import Step, develop, generate
 from calotype.images import save_png
 from calotype.lora import Delta, LoRA, Stack, load_lora
 from calotype.lora.live import Scale
+from calotype.lora.names import MOTION
 from calotype.nn import motion
 from calotype.parts import Motion, Parts, Stored
 from calotype.prepare import prepare, resolve, seeds
@@ -289,7 +290,7 @@ class Engine:
 
 def _motion_of(lora: LoRA) -> dict[str, Delta]:
     """What a LoRA changes of motion modules, by their parameters' names."""
-    return {name: delta for name, delta in lora.deltas.get("unet", {}).items() if ".motion_modules." in name}
+    return {name: delta for name, delta in lora.deltas.get("unet", {}).items() if MOTION in name}
 
 
 def load(

@@ -59,8 +59,7 @@ def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
             f"a picture is of type {type(source).__name__}: must be a file's name, its content or a picture",
             "PIL.Image.fromarray makes a picture of an array",
         )
-    if size > MAX_FILE_BYTES:
-        raise UsageError(f"{shown} is too large: at most {MAX_FILE_BYTES} bytes")
+    _check_bytes(shown, size)
     try:
         with opened(source if isinstance(source, str | Path) else io.BytesIO(source), FORMATS) as image:
             return _normal(image, shown)
@@ -73,7 +72,7 @@ def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UsageError(f"{shown} is too large: at most {MAX_PIXELS} pixels", "make it smaller first") from error
     except Exception as error:  # Pillow lets through whatever its parsers meet in a damaged file
-        raise _damaged(shown, error) from None
+        raise damaged(shown, error, "decoded") from None
 
 
 def opened(source: str | Path | IO[bytes], formats: tuple[str, ...]) -> Image.Image:
@@ -106,13 +105,14 @@ def checked(image: Image.Image, shown: str) -> Image.Image:
         image.load()
         return _eight_bits(_upright(image))
     except Exception as error:  # see open_image
-        raise _damaged(shown, error) from None
+        raise damaged(shown, error, "decoded") from None
 
 
-def _damaged(shown: str, error: Exception) -> UsageError:
+def damaged(shown: str, error: Exception, done: str) -> UsageError:
+    """What is said of a file that cannot be read, or decoded."""
     reason = str(error).strip().splitlines()
     said = f" ({reason[0][:160]})" if reason else ""
-    return UsageError(f"{shown} is damaged: it cannot be decoded{said}", "copy or download it again")
+    return UsageError(f"{shown} is damaged: it cannot be {done}{said}", "copy or download it again")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -318,6 +318,11 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
             if foreign
             else "only PNG files written by calotype hold their request; editors and websites often remove it",
         )
+    return metadata_of(text, shown)
+
+
+def metadata_of(text: str, shown: str) -> dict[str, Any]:
+    """The metadata that a file held as JSON. Raises UsageError where somebody has broken it."""
     try:
         metadata = json.loads(text) if len(text) <= MAX_METADATA else None
     except (ValueError, RecursionError):
@@ -330,8 +335,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 def _texts(path: str | Path) -> dict[Any, Any]:
     """What stands before a PNG file's pixels, within Pillow's limits on compressed text."""
     shown = repr(str(path))
-    if _file_size(path) > MAX_FILE_BYTES:
-        raise UsageError(f"{shown} is too large: at most {MAX_FILE_BYTES} bytes")
+    check_file(path)
     try:
         with opened(path, ("PNG",)) as image:
             return image.info
@@ -339,6 +343,16 @@ def _texts(path: str | Path) -> dict[Any, Any]:
         raise UsageError(f"{shown} is not a PNG file", "calotype writes its metadata into PNG files") from None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise UsageError(f"{shown} cannot be read as a PNG file: {getattr(error, 'strerror', None) or error}") from None
+
+
+def check_file(path: str | Path) -> None:
+    """Raises UsageError where there is no file, and for one that is too large to be read."""
+    _check_bytes(repr(str(path)), _file_size(path))
+
+
+def _check_bytes(shown: str, size: int) -> None:
+    if size > MAX_FILE_BYTES:
+        raise UsageError(f"{shown} is too large: at most {MAX_FILE_BYTES} bytes")
 
 
 def _file_size(path: str | Path) -> int:

@@ -253,12 +253,14 @@ def prepare(parts: Parts, request: Request) -> Job:
         negative = None if negative is None else negative.select(each)
     guidance = Guidance(schedule, request.guidance, negative, request.guidance_steps, request.guidance_mode)
 
+    region = _region(request, size)
     source = beside = finish = None
     if request.image is not None:
-        task = _picture_task(parts, request, size, rows, draws)
+        task = _picture_task(parts, request, size, region, rows, draws)
         source, beside, finish = task.source, task.beside, task.finish
     sampler = sampler_for(request.sampler, schedule, times, noise, source, request.gamma)
-    controls = tuple(_steering(parts, control, request, size, rows) for control in request.controls if control.scale)
+    acting = [control for control in request.controls if control.scale]
+    controls = tuple(_steering(parts, control, request, size, region, rows) for control in acting)
     return Job(request, times, sampler, conditioning, guidance, controls, windows, beside, finish)
 
 
@@ -327,7 +329,9 @@ class _PictureTask:
     finish: Callable[[list[Image.Image]], list[Image.Image]] | None
 
 
-def _picture_task(parts: Parts, request: Request, size: tuple[int, int], rows: int, draws: _Draws) -> _PictureTask:
+def _picture_task(
+    parts: Parts, request: Request, size: tuple[int, int], region: masks.Box | None, rows: int, draws: _Draws
+) -> _PictureTask:
     """Image to image and inpainting: what the sampler starts from, what the network sees beside, what is put back."""
     weight = next(parts.unet.parameters())
     assert request.image is not None
@@ -338,7 +342,6 @@ def _picture_task(parts: Parts, request: Request, size: tuple[int, int], rows: i
         x0 = latents.encode(parts, pixels, draws.posterior)
         return _PictureTask(Source(_rows(x0, rows).to(weight)), None, None)
 
-    region = _region(request, size)
     *scaled, mask = [_to_size(each, request, size, region) for each in (*pictures, request.mask)]
     hole = masks.to_tensor(mask)  # (1, 1, H, W), 0 or 1
     pixels = torch.cat([images.to_tensor(each) for each in scaled])
@@ -377,27 +380,27 @@ def _put_back(
     request: Request,
     scaled: list[Image.Image],
     mask: Image.Image,
-    region: tuple[int, int, int, int] | None,
+    region: masks.Box | None,
 ) -> list[Image.Image]:
     """The painted pictures with all that the mask leaves black as it was, bit for bit."""
-    soft = masks.feather(mask, request.mask_feather)
-    whole = [masks.composite(scaled[i % len(scaled)], each, soft) for i, each in enumerate(painted)]
     if region is None:
-        return whole
+        soft = masks.feather(mask, request.mask_feather)
+        return [masks.composite(scaled[i % len(scaled)], each, soft) for i, each in enumerate(painted)]
     assert isinstance(request.image, Image.Image)
     assert request.mask is not None
     soft = masks.feather(request.mask, request.mask_feather)
     return [masks.paste(request.image, each, region, soft) for each in painted]
 
 
-def _steering(parts: Parts, control: Control, request: Request, size: tuple[int, int], rows: int) -> Steering:
+def _steering(
+    parts: Parts, control: Control, request: Request, size: tuple[int, int], region: masks.Box | None, rows: int
+) -> Steering:
     """A control of the request: its picture embedded, and a T2I-Adapter evaluated."""
     network = parts.controls[control.name]
     weight = next(network.parameters())
     pictures = control.image if isinstance(control.image, tuple) else (control.image,)
     if isinstance(network, T2IAdapter) and network.config.in_channels == 1:
         pictures = tuple(each.convert("L") for each in pictures)
-    region = _region(request, size)
     pixels = torch.cat([images.to_unit(_to_size(each, request, size, region)) for each in pictures])
     if isinstance(network, T2IAdapter):
         pixels = pixels[:, : network.config.in_channels]  # of grey, all are equal

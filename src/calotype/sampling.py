@@ -24,6 +24,7 @@ from torch import Tensor
 
 from calotype.errors import UsageError
 from calotype.schedule import (
+    CONSISTENCY,
     NoiseSchedule,
     boundary_scalings,
     eps_from,
@@ -229,7 +230,6 @@ def _clipped(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
 
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {"lcm": lcm, "tcd": tcd, "ddim": ddim, "euler": euler}
-CONSISTENCY = ("lcm", "tcd")  # those that work on the grid of consistency distillation
 
 
 def sampler_for(

@@ -20,7 +20,17 @@ from typing import IO, Any
 from PIL import Image, UnidentifiedImageError
 
 from calotype.errors import OutputError, UsageError
-from calotype.images import MAX_FILE_BYTES, MAX_METADATA, MAX_PIXELS, METADATA_KEY, on_white, opened, write_whole
+from calotype.images import (
+    MAX_METADATA,
+    MAX_PIXELS,
+    METADATA_KEY,
+    check_file,
+    damaged,
+    metadata_of,
+    on_white,
+    opened,
+    write_whole,
+)
 
 SUFFIXES = (".gif", ".webp", ".mp4")
 MAX_FPS = 60
@@ -98,7 +108,7 @@ def load_frames(path: str | Path, limit: int = MAX_FRAMES) -> list[Image.Image]:
     except Image.DecompressionBombError as error:
         raise UsageError(f"{shown} is too large: {error}", "make it smaller") from None
     except Exception as error:  # the parsers let through whatever they meet in a damaged file
-        raise _damaged(shown, error) from None
+        raise damaged(shown, error, "read") from None
     if not frames:
         raise UsageError(f"{shown} has no frames")
     return frames
@@ -114,20 +124,14 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     except UnidentifiedImageError:
         raise UsageError(f"{shown} is not a clip in GIF, WebP or MP4") from None
     except Exception as error:  # see load_frames
-        raise _damaged(shown, error) from None
+        raise damaged(shown, error, "read") from None
     key, _, content = text.partition(" ")
     if key != METADATA_KEY:
         raise UsageError(
             f"{shown} holds no calotype metadata",
             "only files written by calotype hold their request; editors and websites often remove it",
         )
-    try:
-        metadata = json.loads(content) if len(content) <= MAX_METADATA else None
-    except (ValueError, RecursionError):
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise UsageError(f"{shown}: its calotype metadata is damaged", "the file was changed after it was written")
-    return metadata
+    return metadata_of(content, shown)
 
 
 def _to_text(metadata: Mapping[str, Any]) -> str:
@@ -211,7 +215,7 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 def _picture_frames(path: str | Path) -> Iterator[Image.Image]:
     """Those of a GIF or WebP file, through Pillow."""
-    _check_file(path)
+    check_file(path)
     with opened(path, ("GIF", "WEBP")) as image:
         for index in itertools.count():
             try:
@@ -224,7 +228,7 @@ def _picture_frames(path: str | Path) -> Iterator[Image.Image]:
 
 
 def _picture_comment(path: str | Path) -> str:
-    _check_file(path)
+    check_file(path)
     with opened(path, ("GIF", "WEBP")) as image:
         comment = image.info.get("comment", b"") if image.format == "GIF" else image.getexif().get(IMAGE_DESCRIPTION)
     return comment.decode("ascii", "replace") if isinstance(comment, bytes) else str(comment or "")
@@ -276,7 +280,7 @@ def _even(frame: Image.Image) -> Image.Image:
 
 
 def _is_mp4(path: str | Path) -> bool:
-    _check_file(path)
+    check_file(path)
     with open(path, "rb") as file:
         return file.read(8)[4:] == b"ftyp"
 
@@ -323,20 +327,3 @@ def _boxes(file: IO[bytes], begin: int, end: int) -> Iterator[tuple[bytes, int, 
             return
         yield head[4:8], begin + header, begin + size
         begin += size
-
-
-# ---- any file ----
-
-
-def _check_file(path: str | Path) -> None:
-    shown = repr(str(path))
-    if not os.path.isfile(path):
-        raise UsageError(f"there is no file {shown}")
-    if os.path.getsize(path) > MAX_FILE_BYTES:
-        raise UsageError(f"{shown} is too large: at most {MAX_FILE_BYTES} bytes")
-
-
-def _damaged(shown: str, error: Exception) -> UsageError:
-    reason = str(error).strip().splitlines()
-    said = f" ({reason[0][:160]})" if reason else ""
-    return UsageError(f"{shown} is damaged: it cannot be read{said}", "copy or download it again")

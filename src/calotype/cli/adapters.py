@@ -23,8 +23,8 @@ CANNY = "canny:"  # before a control's picture: its edges, found here
 class Adapters:
     """What `Engine.describe` calls loras, controls, embeddings and motion."""
 
-    loras: Mapping[str, Added] = field(default_factory=dict)  # name -> ref, weight_name, scale
-    controls: Mapping[str, Added] = field(default_factory=dict)  # name -> ref, variant
+    loras: Mapping[str, Added] = field(default_factory=dict)  # name -> ref, weight_name, revision, scale
+    controls: Mapping[str, Added] = field(default_factory=dict)  # name -> ref, subfolder, variant, revision
     embeddings: Sequence[Added] = ()  # ref, token, weight_name; without a token, the file says it
     motion: Added | None = None  # ref, beta_schedule, variant
 

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from calotype.errors import CalotypeError, CalotypeWarning, CheckpointError, UsageError
 from calotype.nn.unet import Conditioning
-from calotype.sampling import CONSISTENCY
-from calotype.schedule import NoiseSchedule
+from calotype.schedule import CONSISTENCY, NoiseSchedule
 from calotype.training.data import Dataset, pick, prepare
 from calotype.training.export import export_lcm, export_lora
 from calotype.training.loss import Batch, consistency_loss

@@ -11,7 +11,7 @@ from calotype.errors import CheckpointError
 from calotype.families import LCM_GUIDANCE, LCM_GUIDANCE_RANGE, LCM_STEPS, PLAIN_LCM_GUIDANCE, Family
 from calotype.nn.unet import UNetConfig
 from calotype.parts import Defaults
-from calotype.schedule import NoiseSchedule
+from calotype.schedule import CONSISTENCY, NoiseSchedule
 from calotype.weights.configs import TEXT_CLASSES
 from calotype.weights.fields import Fields
 from calotype.weights.files import read_json, shown
@@ -38,7 +38,6 @@ LIBRARIES = ("diffusers", "transformers")
 REQUIRED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # listed in model_index.json, not part of a picture
 SAMPLERS = ("lcm", "tcd", "ddim", "euler")
-CONSISTENCY = SAMPLERS[:2]  # those of networks that predict the path's end
 MAX_PIXELS = 16384  # of a default width or height
 
 
