@@ -8,26 +8,47 @@ from pathlib import Path
 from typing import Any
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+SLIM: dict[str, Any] = {  # of a U-Net like SSD-1B's
+    "transformer_layers_per_block": [1, [2]],
+    "reverse_transformer_layers_per_block": [[1, 2], 1],
+    "mid_block_type": "UNetMidBlock2D",
+}
 WORDS = ("a", "fox", "red", "cat", "in", "the", "snow", "of", "dog", "astronaut")
 
 
-def write_model(folder: Path, *, lcm: bool = False, xl: bool = False) -> Path:
-    """A complete model folder of about 2 MB, the same one every time."""
+def write_model(
+    folder: Path,
+    *,
+    lcm: bool = False,
+    xl: bool = False,
+    sd2: bool = False,
+    slim: bool = False,
+    channels: int = 4,
+) -> Path:
+    """A complete model folder of about 2 MB, the same one every time.
+
+    It is shaped like Stable Diffusion 1.5; `sd2`: like 2.1, which predicts velocity; `xl`: like SDXL; `slim`, with it:
+    like SSD-1B, each layer with a depth of its own, and no attention in the middle. Nine `channels` are for inpainting.
+    """
     import torch
 
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")  # the peers' own
         torch.manual_seed(0)
-        write_unet(folder / "unet", lcm=lcm, xl=xl)
+        shape: dict[str, Any] = {"in_channels": channels}
+        shape |= {"use_linear_projection": True, "attention_head_dim": (2, 4)} if sd2 else {}
+        write_unet(folder / "unet", lcm=lcm, xl=xl, **shape, **(SLIM if slim else {}))
         write_vae(folder / "vae")
-        write_tokenizer(folder / "tokenizer")
-        write_text_encoder(folder / "text_encoder")
+        write_tokenizer(folder / "tokenizer", **({"pad": "!"} if sd2 else {}))
+        write_text_encoder(folder / "text_encoder", **({"hidden_act": "gelu", "eos_token_id": 2} if sd2 else {}))
         if xl:
             write_tokenizer(folder / "tokenizer_2", pad="!")
             write_text_encoder(folder / "text_encoder_2", projection=32)
-        write_scheduler(folder / "scheduler", "LCM" if lcm else "EulerDiscrete" if xl else "DDIM")
+        predicts = {"prediction_type": "v_prediction"} if sd2 else {}
+        write_scheduler(folder / "scheduler", "LCM" if lcm else "EulerDiscrete" if xl else "DDIM", **predicts)
+    inpaint = "Inpaint" if channels == 9 else ""
     index: dict[str, Any] = {
-        "_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline",
+        "_class_name": f"StableDiffusion{'XL' if xl else ''}{inpaint}Pipeline",
         "_diffusers_version": "0.35.0",
         "feature_extractor": [None, None],
         "safety_checker": [None, None],
@@ -38,7 +59,7 @@ def write_model(folder: Path, *, lcm: bool = False, xl: bool = False) -> Path:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    if lcm:
+    if lcm and not inpaint:
         index["_class_name"] = "LatentConsistencyModelPipeline"
     if xl:
         index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
@@ -116,6 +137,24 @@ def write_text_encoder(folder: Path, projection: int | None = None, **changes: A
     }
     kind = CLIPTextModel if projection is None else CLIPTextModelWithProjection
     save(kind(CLIPTextConfig(**(config | changes))), folder)
+
+
+def write_clip(folder: Path, **changes: Any) -> Path:
+    """A whole CLIP with its tokenizer; `changes` are of the half for pictures."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    write_tokenizer(folder)
+    vocab = vocabulary()
+    both = {"intermediate_size": 64, "num_attention_heads": 4, "hidden_act": "quick_gelu"}
+    special = {"bos_token_id": vocab[BOS], "eos_token_id": vocab[EOS], "pad_token_id": vocab[EOS]}
+    text = {**both, **special, "vocab_size": len(vocab), "hidden_size": 32, "num_hidden_layers": 2}
+    vision = {**both, "hidden_size": 48, "num_hidden_layers": 3, "image_size": 32, "patch_size": 8}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = CLIPModel(CLIPConfig(text_config=text, vision_config={**vision, **changes}, projection_dim=24))
+        save(network, folder)
+    return folder
 
 
 def write_scheduler(folder: Path, kind: str, **changes: Any) -> None:

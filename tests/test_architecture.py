@@ -40,7 +40,7 @@ ROOMS: dict[str, str] = {
     "prepare": "generate parts sampling schedule request images masks latents nn",
     "lora": "nn weights parts families",
     "engine": "generate prepare parts weights lora images video request schedule nn.motion text.inversion",
-    "training": "generate prepare sampling schedule weights lora parts images nn text request",
+    "training": "generate prepare sampling schedule weights lora parts images latents nn text request",
     "cli": "*",
     "__main__": "cli",
     "": "*",  # the package itself: it only names what the rooms make

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import calotype
 from adapters import chosen, kohya_names, layers, low_rank, normal, peft_names, save
 from calotype.errors import CheckpointError, ModelNotFoundError, UnsafeFileError, UsageError
 from calotype.lora import LoRA, LowRank, Stack, load_lora
@@ -892,3 +894,35 @@ def test_files_that_are_no_adapters(parts: Parts, tmp_path: Path) -> None:
         load_lora(Path(parts.source) / "unet/diffusion_pytorch_model.safetensors", parts)
     with pytest.raises(CheckpointError, match="it looks like nothing known"):
         load_lora(save(tmp_path / "it.safetensors", {"x": n(1)}), parts)
+
+
+def test_a_distilled_lora_brings_its_sampler_steps_and_guidance(tiny_sd15: Path, tmp_path: Path) -> None:
+    """By the file's header; a request may still say otherwise, and out of the mix it has no say."""
+    engine = calotype.load(tiny_sd15)
+    weight = engine.parts.unet.state_dict()["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {
+        f"{key}.lora_A.weight": torch.ones(1, weight.shape[1]),
+        f"{key}.lora_B.weight": torch.ones(len(weight), 1),
+    }
+    habit = {"sampler": "tcd", "steps": 2, "guidance": 1.0}
+    save_file(tensors, tmp_path / "few.safetensors", {"calotype.habit": json.dumps(habit)})
+    plain = engine.resolve(calotype.Request("a fox", seed=0))
+    engine.add_lora(tmp_path / "few.safetensors", name="few")
+    found = engine.resolve(calotype.Request("a fox", seed=0))
+    assert (found.sampler, found.steps, found.guidance) == ("tcd", 2, 1.0)
+    other = engine.resolve(calotype.Request("a fox", seed=0, steps=7, guidance=3.0))
+    assert (other.sampler, other.steps, other.guidance) == ("tcd", 7, 3.0)
+    assert engine.resolve(calotype.Request("a fox", seed=0, timesteps=(9,))).steps == 1
+    engine.set_loras({"few": 0.0})
+    assert engine.resolve(calotype.Request("a fox", seed=0)) == plain
+    phased = {"sampler": "ddim", "steps": 2, "guidance": 1.0, "timesteps": [999, 499]}
+    save_file(tensors, tmp_path / "phased.safetensors", {"calotype.habit": json.dumps(phased)})
+    engine.add_lora(tmp_path / "phased.safetensors", name="phased")
+    found = engine.resolve(calotype.Request("a fox", seed=0))
+    assert (found.sampler, found.timesteps) == ("ddim", (999, 499))
+    assert engine.resolve(calotype.Request("a fox", seed=0, steps=3)).timesteps is None
+    for bad in ('{"steps": 0}', '{"sampler": "magic"}', "[]", "{"):
+        save_file(tensors, tmp_path / "bad.safetensors", {"calotype.habit": bad})
+        with pytest.raises(CheckpointError, match=r"calotype\.habit"):
+            engine.add_lora(tmp_path / "bad.safetensors", name="bad")

@@ -34,14 +34,18 @@ OPTIONS = {
     "inspect": "model --json --revision --offline --debug",
     "convert": "model output --dtype --half --force --prediction --variant --revision --offline --debug",
     "distill": """
-        teacher data --output -o --student --lora --lora-rank --sampler --max-train-steps --train-batch-size
-        --learning-rate --lr-scheduler --lr-warmup-steps --resolution --seed --w-min --w-max --skipping-step
-        --solver-substeps --timestep-power --ema-decay --huber-c --mixed-precision --checkpointing-steps
-        --resume --device --offline --quiet -q --debug
+        teacher data --output -o --check --json --lora --lora-rank --objective --phases --student --sampler --dtype
+        --max-train-steps --train-batch-size --gradient-accumulation-steps --resolution --aspect-buckets
+        --center-crop --random-flip --samples --teacher-steps --seed --learning-rate --lr-scheduler
+        --lr-warmup-steps --optimizer --adam-weight-decay --max-grad-norm --ema-decay --w-min --w-max
+        --num-ddim-timesteps --skipping-step --solver-substeps --timestep-power --loss-type --huber-c
+        --checkpointing-steps --checkpoints-total-limit --resume --validation-steps --validation-samples
+        --patience --cache --mixed-precision --gradient-checkpointing --compile --fsdp --device --offline
+        --quiet -q --debug
     """,
     "eval": """
-        model --teacher --teacher-unet --prompts --samples --steps --sampler --guidance --batch --cache --output -o
-        --seed --device --dtype --offline --json --quiet -q --debug
+        model --teacher --lora --teacher-unet --prompts --samples --steps --sampler --guidance --teacher-guidance --clip
+        --batch --cache --output -o --seed --device --dtype --offline --json --quiet -q --debug
     """,
 }
 

@@ -111,8 +111,19 @@ class Engine:
                 return result
 
     def resolve(self, request: Request) -> Request:
-        """The request with this model's defaults, and a seed, where it leaves them open."""
-        return resolve(self.parts, request)
+        """The request with this model's defaults, and a seed, where it leaves them open.
+
+        A LoRA in the mix that was distilled by calotype brings its own sampler, steps and guidance.
+        """
+        mix = self._stack.mix
+        habits = [lora.habit for name, lora in self._stack.loras.items() if lora.habit and mix.get(name, 0.0) > 0]
+        if not habits:
+            return resolve(self.parts, request)
+        habit = habits[-1]
+        if habit.timesteps and request.steps is None and request.timesteps is None:
+            request = replace(request, timesteps=habit.timesteps)
+        own = {"sampler": habit.sampler, "steps": habit.steps, "guidance": habit.guidance}
+        return resolve(replace(self.parts, defaults=replace(self.parts.defaults, **own)), request)  # type: ignore[arg-type]
 
     def stream(self, request: Request) -> Generator[Step, None, Result]:
         """The steps of a request as they are made; the generator's return value is the Result."""

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
 from calotype.errors import UsageError
-from calotype.training.distance import Estimate, kid, paired_distance
+from calotype.training.distance import Estimate, frechet, kid, mean, paired_distance
 from calotype.training.features import SHIPPED, features, load_features
 
 # ---- the statistic ----
@@ -112,6 +112,48 @@ def test_the_paired_distance_is_a_mean_with_its_standard_error() -> None:
 def test_too_few_pictures_are_refused(m: int, n: int, paired: bool) -> None:
     with pytest.raises(UsageError, match=f"{m} and {n} pictures"):
         kid(normal(m, 4, 0), normal(n, 4, 1), paired=paired)
+
+
+def test_a_mean_has_its_standard_error() -> None:
+    values = torch.tensor([1.0, 2.0, 4.0, 9.0], dtype=torch.float64)
+    assert mean(values).value == 4
+    assert mean(values).error == pytest.approx(float(values.std()) / 2)
+
+
+def test_frechets_distance_of_a_set_to_itself_is_zero() -> None:
+    for n, d in ((300, 20), (10, 60), (300, 1)):  # the second has singular covariances
+        x = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
+        assert 0 <= frechet(x, x) < 1e-5
+        assert frechet(x, x.flip(0)) < 1e-5
+
+
+def test_frechets_distance_of_normal_distributions_is_the_formula() -> None:
+    """Sets whose mean and covariance are what they should be, to the last digit: no chance in the comparison."""
+
+    def exactly(mean: Tensor, deviations: Tensor, seed: int) -> Tensor:
+        x = torch.randn(100, len(mean), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        x = x - x.mean(0)
+        return x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T)).T) * deviations + mean
+
+    here, there = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([3.0, 1.0, -2.0])
+    one, two = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([1.5, 0.1, 0.5])
+    x, y = exactly(here, one, 1), exactly(there, two, 2)
+    assert frechet(x, x + 2) == pytest.approx(3 * 4)
+    expected = float((here - there).square().sum() + (one - two).square().sum())  # axes agree: deviations subtract
+    assert frechet(x, y) == pytest.approx(expected)
+    assert frechet(x, y) == pytest.approx(frechet(y, x))
+    turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))[0]
+    assert frechet(x @ turn, y @ turn) == pytest.approx(expected)
+    # Axes that do not agree: against the matrix square root of A B by its eigenvalues, which are real and positive.
+    a, b = torch.cov(x.T), torch.cov((y @ turn).T)
+    root = torch.linalg.eigvals(a @ b).real.sqrt().sum()
+    between = (x.mean(0) - (y @ turn).mean(0)).square().sum()
+    assert frechet(x, y @ turn) == pytest.approx(float(between + a.trace() + b.trace() - 2 * root))
+
+
+def test_frechets_distance_needs_two_pictures_of_each() -> None:
+    with pytest.raises(UsageError, match="1 and 5 pictures"):
+        frechet(torch.zeros(1, 4), torch.zeros(5, 4))
 
 
 # ---- the shipped features, on drawings that they have never seen ----

@@ -11,7 +11,18 @@ from torch import Tensor
 
 from calotype.nn.unet import Conditioning
 from calotype.schedule import NoiseSchedule
-from calotype.training.loss import Batch, Network, consistency_function, consistency_loss, solver_grid, teacher_step
+from calotype.training.loss import (
+    Batch,
+    Network,
+    Objective,
+    consistency_function,
+    consistency_loss,
+    expand,
+    phase_end,
+    solver_grid,
+    teacher_step,
+    trajectory_function,
+)
 
 SCHEDULE = NoiseSchedule.from_config({"_class_name": "LCMScheduler"})
 POINT = torch.linspace(-1, 1, 16).view(1, 1, 4, 4)  # a data set of one picture
@@ -52,6 +63,7 @@ def batch(size: int = 6, seed: int = 0) -> Batch:
         w=3 + 10 * torch.rand(size, generator=generator),
         conditioning=Conditioning(torch.randn(size, 3, 2, generator=generator)),
         null=Conditioning(torch.randn(1, 3, 2, generator=generator).expand(size, -1, -1)),
+        share=torch.rand(size, generator=generator),
     )
 
 
@@ -87,7 +99,7 @@ def published(student: Network, target: Network, teacher: Network, given: Batch,
 def test_equals_the_published_algorithm(c: float) -> None:
     student, target, teacher = linear(1), linear(2), linear(3)
     given = batch()
-    ours = consistency_loss(student, target, teacher, SCHEDULE, given, huber_c=c)
+    ours = consistency_loss(student, target, teacher, SCHEDULE, given, Objective(huber_c=c))
     theirs = published(student, target, teacher, given, c)
     torch.testing.assert_close(ours.double(), theirs, rtol=2e-4, atol=1e-6)
 
@@ -160,3 +172,74 @@ def test_gradients_reach_the_student_alone() -> None:
     assert a.grad.abs() > 0
     assert b.grad is None
     assert c.grad is None
+
+
+def test_squared_distance() -> None:
+    """Pseudo-Huber is half a square near zero, in units of c; with a huge c nothing else is left."""
+    networks, given = (linear(1), linear(2), linear(3)), batch()
+    given = dataclasses.replace(given, x0=given.x0.double(), noise=given.noise.double())
+    squared = consistency_loss(*networks, SCHEDULE, given, Objective(loss="l2"))
+    huber = consistency_loss(*networks, SCHEDULE, given, Objective(huber_c=1e5))
+    assert (squared > 0).all()
+    torch.testing.assert_close(2e5 * huber, squared, rtol=1e-3, atol=0)
+
+
+OTHERS = [Objective("pcm", phases=4, skip=25, solver_steps=40), Objective("tcd"), Objective("lcf")]
+
+
+@pytest.mark.parametrize("objective", OTHERS, ids=lambda objective: objective.kind)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_ideal_denoiser_satisfies_the_other_objectives(objective: Objective, prediction: str) -> None:
+    """Where the data are one picture, every path is what DDIM makes of it in one step, to any place."""
+    schedule = dataclasses.replace(SCHEDULE, prediction=prediction)
+    network = ideal(schedule)
+    index = torch.tensor([2, 5, 12, 25, 38, 39])
+    given = dataclasses.replace(batch(), x0=POINT.expand(6, -1, -1, -1), index=index)
+    assert consistency_loss(network, network, network, schedule, given, objective).max() < 1e-4
+    # wrong where it depends on the time, since a constant error may cancel on both sides
+    drifting: Network = lambda x, t, conditioning: (  # noqa: E731
+        network(x, t, conditioning) + 0.3 * expand(t, x) / 1000
+    )
+    assert consistency_loss(drifting, network, network, schedule, given, objective).max() > 1e-4
+
+
+def test_ends_of_phases() -> None:
+    t = torch.tensor([999, 750, 749, 500, 499, 250, 249, 19, 0])
+    assert phase_end(SCHEDULE, t, 4).tolist() == [749, 749, 499, 499, 249, 249, 0, 0, 0]
+    assert phase_end(SCHEDULE, t, 1).tolist() == [0] * 9
+
+
+def test_no_solver_step_leaves_its_phase() -> None:
+    """The teacher is asked for no place beyond the end of the phase: there the target is x itself."""
+    asked: list[int] = []
+
+    def target(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        asked.extend(t.tolist())
+        return torch.zeros_like(x)
+
+    objective = Objective("pcm", phases=4, skip=130, solver_steps=40)
+    given = dataclasses.replace(batch(), index=torch.tensor([0, 9, 10, 19, 20, 39]))  # 24, 249, 274, 499, 524, 999
+    consistency_loss(linear(1), target, linear(3), SCHEDULE, given, objective)
+    assert asked == [0, 119, 249, 369, 499, 869]
+
+
+def test_a_trajectory_to_where_one_is_is_none() -> None:
+    x, t = torch.randn(3, 1, 4, 4), torch.tensor([999, 499, 19])
+    found = trajectory_function(linear(1), SCHEDULE, x, t, t, batch(3).conditioning)
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
+
+
+def test_an_inpainting_network_sees_its_mask() -> None:
+    """All three networks are called with 1 + C more channels, those of their own rows."""
+    seen: list[Tensor] = []
+
+    def network(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        seen.append(x[:, 1:])
+        return x[:, :1]
+
+    masked = torch.randn(6, 2, 4, 4)
+    consistency_loss(network, network, network, SCHEDULE, dataclasses.replace(batch(), masked=masked))
+    teacher, target, student = seen
+    assert torch.equal(teacher, torch.cat([masked, masked]))
+    assert torch.equal(target, masked)
+    assert torch.equal(student, masked)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +17,24 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import calotype
-from calotype.errors import CalotypeWarning, CheckpointError, UsageError
+from calotype.errors import CalotypeError, CalotypeWarning, CheckpointError, UsageError
 from calotype.nn.unet import Conditioning
-from calotype.training.data import Example, load_picture, pick, read_folder
+from calotype.training import checkpoint
+from calotype.training.dataset import Dataset, Samples
+from calotype.training.settings import Settings, TrainStep
 from calotype.training.students import LoraStudent, student_of
-from calotype.training.trainer import Settings, TrainStep, newest_checkpoint
+from calotype.training.trainer import make_student
+from calotype.training.validate import Reading, Validation, is_hopeless, kept
 from calotype.weights.load import load_parts
 
 WEIGHTS = Path("unet/diffusion_pytorch_model.safetensors")
-SMALL: dict[str, Any] = {"train_batch_size": 2, "resolution": 64, "checkpointing_steps": 2, "learning_rate": 1e-3}
+SMALL: dict[str, Any] = {
+    "train_batch_size": 2,
+    "resolution": 64,
+    "checkpointing_steps": 2,
+    "learning_rate": 1e-3,
+    "validation_steps": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +89,7 @@ def test_resuming_is_exact(tiny_sd15: Path, pictures: Path, tmp_path: Path) -> N
     for step in calotype.distill(tiny_sd15, pictures, parts, max_train_steps=5, **SMALL):
         if step.step == 3 and step.stage == "train":
             break  # after the checkpoint at 2: step 3 is lost and done again
-    assert newest_checkpoint(parts) == parts / "checkpoints" / "step-00000002"
+    assert checkpoint.newest(parts / "checkpoints") == parts / "checkpoints" / "step-00000002"
     resumed = run(tiny_sd15, pictures, parts, max_train_steps=5, resume=True)
     assert [step.step for step in resumed if step.stage == "train"] == [3, 4, 5]
     one, other = load_file(whole / WEIGHTS), load_file(parts / WEIGHTS)
@@ -158,6 +171,16 @@ def test_the_loss_falls(tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None
         ({"steps": 3}, "steps"),
         ({"lora": True, "student": "x"}, "a LoRA has no student to go on from"),
         ({"lora_rank": 0}, "lora_rank is 0"),
+        ({"objective": "ecm"}, "objective is 'ecm': must be one of lcd, lcf, pcm, tcd"),
+        ({"objective": "pcm"}, "phases is 4, which does not divide num_ddim_timesteps, 50"),
+        ({"objective": "pcm", "phases": 5, "sampler": "lcm"}, "sampler is 'lcm': must be one of ddim"),
+        ({"loss_type": "l1"}, "loss_type is 'l1'"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
+        ({"validation_samples": 2}, "validation_samples is 2"),
+        ({"patience": -1}, "patience is -1"),
+        ({"samples": 0}, "samples is 0"),
+        ({"lora": True, "fsdp": True}, "fsdp cuts up full students"),
+        ({"fsdp": True}, "fsdp takes several processes"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -186,66 +209,6 @@ def test_resuming_with_other_settings_is_said_and_recorded(tiny_sd15: Path, pict
     assert [(stage["from_step"], stage["w_max"]) for stage in history] == [(0, 15.0), (2, 9.0)]
 
 
-# ---- data ----
-
-
-def test_captions_from_text_files(tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    Image.new("RGB", (8, 8)).save(tmp_path / "no-caption.png")
-    (tmp_path / "a.txt").write_text("a fox\n")
-    assert read_folder(tmp_path) == [Example(tmp_path / "a.png", ("a fox",))]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line 1 is not a caption"),
-        ('{"file_name": "a.png"}', "line 1 is not a caption"),
-        ('{"file_name": 3, "text": "x"}', "line 1 is not a caption"),
-        ('{"file_name": "a.png", "text": []}', "line 1 is not a caption"),
-        ('{"file_name": "a.png", "text": [1]}', "line 1 is not a caption"),
-        ('["a.png", "x"]', "line 1 is not a caption"),
-        ('{"file_name": "gone.png", "text": "x"}', "names gone.png, which is not there"),
-        ("", "has no captioned pictures"),
-    ],
-)
-def test_bad_captions(line: str, message: str, tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "metadata.jsonl").write_text(line)
-    with pytest.raises(UsageError, match=message):
-        read_folder(tmp_path)
-
-
-def test_a_file_that_is_no_picture(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"not a picture")
-    with pytest.raises(UsageError, match=r"a\.png cannot be read as a picture"):
-        load_picture(tmp_path / "a.png", 64)
-
-
-def test_pictures_are_square_on_white(tmp_path: Path) -> None:
-    wide = Image.new("RGBA", (300, 100), (0, 0, 0, 0))
-    wide.paste((255, 0, 0, 255), (100, 0, 200, 100))
-    wide.save(tmp_path / "wide.png")
-    picture = load_picture(tmp_path / "wide.png", 50)
-    assert picture.size == (50, 50)
-    assert picture.getpixel((25, 25)) == (255, 0, 0)
-    wide.paste((0, 0, 0, 0), (0, 0, 300, 100))
-    wide.save(tmp_path / "clear.png")
-    assert load_picture(tmp_path / "clear.png", 50).getpixel((25, 25)) == (255, 255, 255)
-
-
-def test_each_pass_sees_every_picture_once() -> None:
-    from calotype.training.data import Dataset
-
-    dataset = Dataset(torch.zeros(10, 4, 8, 8), torch.zeros(3, 4, 2), None, ((0, 1),) * 10, 2)
-    seen = torch.cat([pick(dataset, 7, step, 4)[0] for step in range(10)])  # four passes
-    for lap in seen.split(10):
-        assert sorted(lap.tolist()) == list(range(10))
-    assert seen[:10].tolist() != seen[10:20].tolist()
-    captions = torch.cat([pick(dataset, 7, step, 4)[1] for step in range(10)])
-    assert set(captions.tolist()) == {0, 1}
-
-
 def test_the_rate_warms_up_and_falls() -> None:
     settings = Settings(max_train_steps=100, learning_rate=1.0, lr_warmup_steps=10, lr_scheduler="cosine")
     rates = [settings.rate(step) for step in range(100)]
@@ -253,3 +216,215 @@ def test_the_rate_warms_up_and_falls() -> None:
     assert max(rates) == pytest.approx(rates[9], rel=0.02)
     assert rates[-1] < 0.001
     assert Settings(learning_rate=1.0).rate(500) == 1.0
+
+
+# ---- what is trained, and on what ----
+
+
+def test_every_setting_has_an_option_with_its_default() -> None:
+    from dataclasses import fields
+    from inspect import signature
+
+    from calotype.cli.distill import distill
+
+    options = signature(distill).parameters
+    raw = {each.name: each.default for each in fields(Settings)}
+    assert {name: options[name].default for name in raw} == raw
+
+
+@pytest.mark.parametrize(
+    ("objective", "more", "sampler"),
+    [
+        ("pcm", {"num_ddim_timesteps": 40, "skipping_step": 25}, "ddim"),
+        ("tcd", {}, "tcd"),
+        ("lcd", {"loss_type": "l2", "solver_substeps": 2}, "lcm"),
+    ],
+)
+@pytest.mark.parametrize("lora", [False, True])
+def test_other_objectives(
+    objective: str, more: dict[str, Any], sampler: str, lora: bool, tiny_sd15: Path, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    settings = {"objective": objective, "lora": lora, "lora_rank": 4, **more}
+    steps = run(tiny_sd15, pictures, out, max_train_steps=2, **settings)
+    assert steps[-1].stage == "done"
+    if lora:
+        engine = calotype.load(tiny_sd15)
+        engine.add_lora(out / LORA_FILE, name="few")
+    else:
+        engine = calotype.load(out)
+        assert engine.parts.defaults.sampler == sampler
+    assert engine("a fox", seed=0, steps=4, sampler=sampler, guidance=1.0 if lora else None).image.size == (64, 64)
+
+
+def test_tuning_a_consistency_model_on_pictures(tiny_sd15_lcm: Path, pictures: Path, tmp_path: Path) -> None:
+    """lcf: no teacher's step is asked for, and what comes out is a consistency model again."""
+    steps = run(tiny_sd15_lcm, pictures, tmp_path / "o", max_train_steps=2, objective="lcf")
+    assert steps[-1].stage == "done"
+    tuned, before = load_parts(tmp_path / "o").unet, load_parts(tiny_sd15_lcm).unet
+    assert tuned.config == before.config
+    moved = [(one - other).abs().max() for one, other in zip(tuned.parameters(), before.parameters(), strict=True)]
+    assert 0 < max(map(float, moved)) < 0.1
+
+
+def test_prompts_alone(tiny_sd15: Path, tmp_path: Path) -> None:
+    """The teacher draws the pictures of a list of prompts; a second run finds them in the cache."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\n\na cat\nsnow\n")
+    settings: dict[str, Any] = {"lora": True, "lora_rank": 4, "samples": 5, "teacher_steps": 2, "max_train_steps": 2}
+    settings["cache"] = tmp_path / "cache"
+    steps = run(tiny_sd15, prompts, tmp_path / "one", **settings)
+    assert max(step.step for step in steps if step.stage == "encode") == 5
+    run(tiny_sd15, prompts, tmp_path / "two", **settings)
+    one, two = (load_file(tmp_path / name / LORA_FILE) for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_sdxl_students_load_and_draw(tiny_sdxl: Path, pictures: Path, tmp_path: Path) -> None:
+    for lora in (False, True):
+        out = tmp_path / f"lora-{lora}"
+        run(tiny_sdxl, pictures, out, max_train_steps=2, lora=lora, lora_rank=4, random_flip=True)
+        engine = calotype.load(tiny_sdxl if lora else out)
+        if lora:
+            engine.add_lora(out / "kohya_lora_weights.safetensors", name="lcm")
+        assert engine("a fox", seed=0, sampler="lcm", steps=2, guidance=1.0 if lora else 8.0).image.size == (64, 64)
+
+
+def test_recomputed_activations_give_the_same_gradients(tiny_sd15: Path) -> None:
+    found = []
+    for recomputed in (False, True):
+        parts = load_parts(tiny_sd15)
+        student = make_student(parts, Settings(lora=True, lora_rank=4, gradient_checkpointing=recomputed))
+        generator = torch.Generator().manual_seed(0)
+        x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 77, 32, generator=generator)
+        for parameter in student.parameters:  # away from the zeros that it starts at
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+        conditioning = Conditioning(context)
+        with torch.no_grad():
+            wanted = student.target(x, torch.tensor([999, 259]), conditioning)
+        out = student.network(x, torch.tensor([999, 259]), conditioning)
+        torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)  # merged or not
+        out.square().mean().backward()
+        found.append([parameter.grad for parameter in student.parameters])
+    for stored, anew in zip(*found, strict=True):
+        torch.testing.assert_close(anew, stored)
+
+
+# ---- trust ----
+
+VALIDATED: dict[str, Any] = {"validation_steps": 2, "validation_samples": 3, "teacher_steps": 2}
+
+
+def test_held_out_captions_are_drawn_and_the_readings_kept(tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    steps = run(tiny_sd15, pictures, out, max_train_steps=4, **VALIDATED, lora=True, lora_rank=4)
+    readings = [step for step in steps if step.stage == "validate" and step.distance == step.distance]
+    assert [reading.step for reading in readings] == [2, 4]
+    assert all(reading.distance_error > 0 for reading in readings)
+    logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["distance"] for row in logged if "distance" in row] == [reading.distance for reading in readings]
+    for name in ("contact-sheet.png", "validation/step-00000002.png", "validation/step-00000004.png"):
+        with Image.open(out / name) as picture:
+            assert picture.width > 64
+    before = (out / "validation" / "teacher.safetensors").stat().st_mtime_ns
+    assert run(tiny_sd15, pictures, out, max_train_steps=4, **VALIDATED, lora=True, lora_rank=4, resume=True)
+    assert (out / "validation" / "teacher.safetensors").stat().st_mtime_ns == before
+    assert str(readings[0].step) in (out / "README.md").read_text()
+
+
+def test_which_reading_is_kept() -> None:
+    def readings(*values: float) -> list[Reading]:
+        return [Reading(step, value, 1.0) for step, value in enumerate(values, start=1)]
+
+    assert kept([]) is None
+    assert kept(readings(9, 5, 4, 4.5)) == Reading(4, 4.5, 1.0)  # not measurably worse: the newest
+    assert kept(readings(9, 4, 9, 9)) == Reading(2, 4, 1.0)
+    assert is_hopeless(readings(4, 9, 9, 9), 3)
+    assert not is_hopeless(readings(4, 9, 5, 9), 3)
+    assert not is_hopeless(readings(4, 9, 9, 9), 0)
+    assert not is_hopeless(readings(9, 9, 9), 3)
+
+
+def test_a_run_that_gets_worse_ends_and_gives_back_its_best(
+    tiny_sd15: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With readings that say so: 1 is the best, and 2, 3, 4 are worse."""
+
+    def measure(self: Validation, step: int) -> Any:
+        yield Reading(step, float(step), 0.01)
+
+    monkeypatch.setattr(Validation, "measure", measure)
+    out, settings = tmp_path / "o", {**VALIDATED, "validation_steps": 1, "lora": True, "lora_rank": 4, "patience": 3}
+    with pytest.warns(CalotypeWarning, match="the weights of step 1 are kept"):
+        steps = run(tiny_sd15, pictures, out, max_train_steps=50, checkpointing_steps=1, **settings)
+    assert [step.step for step in steps if step.stage == "train"] == [1, 2, 3, 4]
+    assert steps[-1].stage == "done"
+    run(tiny_sd15, pictures, tmp_path / "one", max_train_steps=1, lora=True, lora_rank=4)
+    found, wanted = load_file(out / LORA_FILE), load_file(tmp_path / "one" / LORA_FILE)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_it_stops_when_told_and_goes_on(tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None:
+    whole, parts, polls = tmp_path / "whole", tmp_path / "parts", iter([False, False, True])
+    run(tiny_sd15, pictures, whole, max_train_steps=5)
+    settings = SMALL | {"checkpointing_steps": 100, "max_train_steps": 5}
+    steps = list(calotype.distill(tiny_sd15, pictures, parts, stop=lambda: next(polls), **settings))
+    assert (steps[-1].stage, steps[-1].step) == ("stopped", 3)
+    assert not (parts / "model_index.json").exists()
+    run(tiny_sd15, pictures, parts, max_train_steps=5, resume=True)
+    one, other = load_file(whole / WEIGHTS), load_file(parts / WEIGHTS)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(tiny_sd15, pictures, whole, max_train_steps=5)
+    run(tiny_sd15, pictures, parts, max_train_steps=4)
+    for shard in (parts / "checkpoints" / "step-00000004").glob("*.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.warns(CalotypeWarning, match="step-00000004 is damaged"):
+        steps = run(tiny_sd15, pictures, parts, max_train_steps=5, resume=True)
+    assert [step.step for step in steps if step.stage == "train"] == [3, 4, 5]
+    one, other = load_file(whole / WEIGHTS), load_file(parts / WEIGHTS)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    logged = [json.loads(line)["step"] for line in (parts / "log.jsonl").read_text().splitlines()]
+    assert logged == [1, 2, 3, 4, 5]  # each once
+
+
+def test_a_loss_that_is_no_number_names_its_picture(
+    tiny_sd15: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = Dataset.samples
+
+    def spoilt(self: Dataset, seed: int, step: int, batch: int, part: slice = slice(None)) -> Samples:
+        found = samples(self, seed, step, batch, part)
+        if step == 2:
+            found.latents[1] = float("nan")
+        return found
+
+    monkeypatch.setattr(Dataset, "samples", spoilt)
+    with pytest.raises(CalotypeError, match=r"step 3: the loss on '\d\.png' is not a finite number"):
+        run(tiny_sd15, pictures, tmp_path / "o", max_train_steps=5)
+    assert checkpoint.newest(tmp_path / "o" / "checkpoints") is not None
+
+
+def test_ctrl_c_and_sigterm_save(tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None:
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        out = tmp_path / str(code)
+        options = (
+            "--max-train-steps 100000 --train-batch-size 1 --resolution 64 --validation-steps 0 --lora --device cpu"
+        )
+        command = [sys.executable, "-m", "calotype", "distill", str(tiny_sd15), str(pictures), "-o", str(out)]
+        process = subprocess.Popen([*command, *options.split()], stderr=subprocess.PIPE, text=True)
+        log = out / "log.jsonl"
+        for _ in range(1200):
+            if log.exists() and log.read_text().count("\n") >= 2:
+                break
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == code, told
+        assert "--resume goes on" in told
+        path = checkpoint.newest(out / "checkpoints")
+        assert path is not None
+        assert checkpoint.step_of(path) == len(log.read_text().splitlines())

@@ -9,20 +9,30 @@ import re
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 
-from calotype.cli import destination, parse
+from calotype.cli import adapters, destination
+from calotype.cli import eval_report as report
 from calotype.cli.progress import Report, progress
 from calotype.errors import UsageError
 
 if TYPE_CHECKING:
     from calotype.parts import Parts
-    from calotype.training.distance import Estimate
+    from calotype.training.clip import Judge
     from calotype.training.evaluate import Table
 
 PROMPTS = "prompts.txt"  # beside or in the teacher's folder
+TRAINING = "training.json"  # beside a LoRA: how it was made
+
+
+class Asked(TypedDict, total=False):
+    """What is left out is the model's own; the teacher's guidances are then the model's."""
+
+    samplers: tuple[str, ...]
+    guidances: tuple[float, ...]
+    teacher_guidances: tuple[float, ...]
 
 
 def evaluate(
@@ -31,6 +41,10 @@ def evaluate(
         str,
         typer.Option(metavar="T", help="What it was distilled from: folder or Hub id.", show_default=False),
     ],
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REF[:SCALE]", help="LoRA to put into the model, not the teacher; may be repeated."),
+    ] = None,
     teacher_unet: Annotated[
         str | None, typer.Option(metavar="U", help="Take the teacher's U-Net from this model.")
     ] = None,
@@ -43,11 +57,18 @@ def evaluate(
     ] = 1000,
     steps: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of steps to try.")] = "1,2,4,8",
     sampler: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The model's: lcm, tcd, ddim, euler [default: its own].")
+        str | None, typer.Option(metavar="NAME,...", help="The model's: lcm, tcd, ddim, euler [default: its own].")
     ] = None,
     guidance: Annotated[
-        float | None,
-        typer.Option(metavar="G", parser=parse.number, help="Guidance scale [default: the model's own]."),
+        str | None, typer.Option(metavar="G,...", help="Guidance scales to try [default: the model's own].")
+    ] = None,
+    teacher_guidance: Annotated[
+        str | None,
+        typer.Option(metavar="G,...", help="The teacher's: one, or one for each of --guidance [default: the same]."),
+    ] = None,
+    clip: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A CLIP, as transformers writes it: adds CLIP score and Frechet distance."),
     ] = None,
     batch: Annotated[int, typer.Option(metavar="B", min=1, help="Pictures drawn at a time.")] = 20,
     cache: Annotated[
@@ -67,11 +88,16 @@ def evaluate(
     """Measure how far a model's pictures are from its teacher's.
 
     Prints the kernel distance of the model's pictures in a few steps, and of the teacher's by DDIM in as many, to the
-    teacher's in 50 steps. The teacher's pictures are kept, and an interrupted run goes on where it was.
+    teacher's in 50 steps; and what they cost: evaluations, seconds, memory. Every combination of steps, sampler and
+    guidance is a row. The teacher's pictures are kept, and an interrupted run goes on where it was.
+
+    A LoRA that has a training.json beside it says by which sampler and at which guidance it is to be measured.
     """
+    added = adapters.loras(lora or [])
+    asked = trained([each["ref"] for each in added.values()]) | given(sampler, guidance, teacher_guidance)
     counts = parse_steps(steps)
     texts = read_prompts(prompts if prompts is not None else find_prompts(teacher, teacher_unet), samples)
-    check(texts, counts, sampler, guidance, seed)
+    check(texts, counts, asked, seed)
     if output is not None:
         destination.check(output, 1)
     folder = default_cache() if cache is None else cache
@@ -81,12 +107,16 @@ def evaluate(
     with progress(quiet=quiet) as show:
         show("loading")
         where = {"device": device, "dtype": dtype, "offline": offline}
-        student = fast(calotype.load(model, **where).parts)  # type: ignore[arg-type]
-        origin = fast(calotype.load(teacher, unet=teacher_unet, **where).parts)  # type: ignore[arg-type]
-        table = measure(student, origin, texts, counts, sampler, guidance, seed, batch, folder, show)
+        student = calotype.load(model, **where)  # type: ignore[arg-type]
+        adapters.Adapters(loras=added).put_into(student)
+        # Loaded anew even where it is the same model: the LoRAs are in the student's weights alone.
+        origin = calotype.load(teacher, unet=teacher_unet, **where)  # type: ignore[arg-type]
+        judge = None if clip is None else load_judge(clip, origin.parts)
+        rest = {"steps": counts, "seed": seed, "batch": batch, "cache": folder, "judge": judge}
+        table = measure(fast(student.parts), fast(origin.parts), texts, {**asked, **rest}, show)
     if output is not None:
-        draw_grid(table, texts, output)
-    typer.echo(json.dumps(to_json(table)) if as_json else "\n".join(lines(table)))
+        report.draw_grid(table, texts, output)
+    typer.echo(json.dumps(table.to_json()) if as_json else "\n".join(report.lines(table)))
 
 
 def fast(parts: Parts) -> Parts:
@@ -98,25 +128,18 @@ def fast(parts: Parts) -> Parts:
     return parts
 
 
-def measure(
-    student: Parts,
-    teacher: Parts,
-    prompts: Sequence[str],
-    steps: Sequence[int],
-    sampler: str | None,
-    guidance: float | None,
-    seed: int,
-    batch: int,
-    cache: Path,
-    show: Report,
-) -> Table:
-    """Runs the evaluation to its end, showing where it is."""
+def load_judge(folder: Path, beside: Parts) -> Judge:
+    """The CLIP of a folder, on the device of a model. CheckpointError."""
+    from calotype.training.clip import Judge
+
+    return Judge.load(folder, next(beside.unet.parameters()).device)
+
+
+def measure(student: Parts, teacher: Parts, prompts: Sequence[str], options: dict[str, Any], show: Report) -> Table:
+    """Runs the evaluation to its end, showing where it is. `options` are those of training.evaluate."""
     from calotype.training import evaluate as training
 
-    run = training.evaluate(
-        student, teacher, prompts, steps=steps, sampler=sampler, guidance=guidance, seed=seed, batch=batch, cache=cache
-    )
-    for event in run:
+    for event in training.evaluate(student, teacher, prompts, **options):
         if isinstance(event, training.Table):
             return event
         show(f"{event.stage}: {event.done} of {event.total}", event.done, event.total)
@@ -132,6 +155,48 @@ def parse_steps(text: str) -> list[int]:
         message = f"--steps must be whole numbers with commas between them, not {reprlib.repr(text)}"
         raise UsageError(message, hint="for example --steps 1,2,4,8")
     return sorted({int(part) for part in parts})
+
+
+def given(sampler: str | None, guidance: str | None, teacher_guidance: str | None) -> Asked:
+    """What was said of samplers and guidances."""
+    asked: Asked = {}
+    if sampler is not None:
+        asked["samplers"] = tuple(name.strip() for name in sampler.split(","))
+    if guidance is not None:
+        asked["guidances"] = parse_numbers("--guidance", guidance)
+    if teacher_guidance is not None:
+        asked["teacher_guidances"] = parse_numbers("--teacher-guidance", teacher_guidance)
+    return asked
+
+
+def parse_numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        message = f"{option} must be numbers with commas between them, not {reprlib.repr(text)}"
+        raise UsageError(message, hint=f"for example {option} 4,8") from None
+
+
+def trained(references: Sequence[str]) -> Asked:
+    """How a LoRA of `calotype distill` is to be measured: the first of these that has a training.json beside it.
+
+    Guidance was distilled into it, w from w_min to w_max, which is guidance less 1: so it runs without, and stands
+    beside a teacher at the middle. {} where no LoRA has such a file; UsageError where it can't be understood.
+    """
+    for reference in references:
+        path = Path(reference) if Path(reference).is_dir() else Path(reference).parent
+        file = path / TRAINING
+        if Path(reference).exists() and file.is_file():
+            try:
+                last = json.loads(file.read_text("utf-8"))[-1]
+                middle = 1 + (float(last["w_min"]) + float(last["w_max"])) / 2
+                return {"samplers": (f"{last['sampler']}",), "guidances": (1.0,), "teacher_guidances": (middle,)}
+            except (OSError, ValueError, LookupError, TypeError):
+                raise UsageError(
+                    f"{str(file)!r} is not what calotype distill writes: a list of settings, w_min, w_max and sampler",
+                    hint="move it away, and give --sampler, --guidance and --teacher-guidance",
+                ) from None
+    return {}
 
 
 def find_prompts(*references: str | None) -> Path:
@@ -159,69 +224,19 @@ def read_prompts(path: Path, count: int) -> list[str]:
     return list(itertools.islice(itertools.cycle(found), count))
 
 
-def check(prompts: Sequence[str], steps: Sequence[int], sampler: str | None, guidance: float | None, seed: int) -> None:
+def check(prompts: Sequence[str], steps: Sequence[int], asked: Asked, seed: int) -> None:
     """Raises UsageError for what no request may have, before anything is loaded."""
     from calotype.request import Request
 
     for prompt in dict.fromkeys(prompts):
-        Request(prompt, sampler=sampler, guidance=guidance, seed=seed)
+        Request(prompt, seed=seed)
     for count in steps:
         Request("", steps=count)
+    for sampler in asked.get("samplers", ()):
+        Request("", sampler=sampler)
+    for guidance in (*asked.get("guidances", ()), *asked.get("teacher_guidances", ())):
+        Request("", guidance=guidance)
 
 
 def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "calotype" / "eval"
-
-
-# ---- what is told ----
-
-
-def lines(table: Table) -> list[str]:
-    """The table as text: distances x 1000, each with its standard error."""
-    head = ("pictures", "distance", "above floor", "by picture", "s/picture")
-    rows = [
-        (
-            row.name,
-            plus_minus(row.distance, 1000, 1),
-            plus_minus(row.above_floor, 1000, 1) if row.above_floor.error > 0 else "floor",
-            plus_minus(row.paired, 1, 3),
-            f"{row.seconds:.3f}",
-        )
-        for row in table.rows
-    ]
-    widths = [max(len(cells[i]) for cells in (head, *rows)) for i in range(len(head))]
-    text = ["  ".join((c[0].ljust(widths[0]), *map(str.rjust, c[1:], widths[1:]))) for c in (head, *rows)]
-    return [
-        f"{table.samples} prompts at guidance {table.guidance:g}, against the teacher's pictures in"
-        f" {table.teacher_steps} DDIM steps ({table.teacher_seconds:.3f} s each)",
-        "distance: unbiased kernel distance x 1000; by picture: mean feature distance to the same prompt's",
-        "",
-        *text,
-    ]
-
-
-def plus_minus(estimate: Estimate, factor: int, digits: int) -> str:
-    return f"{factor * estimate.value:.{digits}f} ± {factor * estimate.error:.{digits}f}"
-
-
-def to_json(table: Table) -> dict[str, object]:
-    return {
-        "samples": table.samples,
-        "guidance": table.guidance,
-        "teacher_steps": table.teacher_steps,
-        "teacher_seconds": table.teacher_seconds,
-        "rows": [row.to_json() for row in table.rows],
-    }
-
-
-def draw_grid(table: Table, prompts: Sequence[str], output: Path) -> None:
-    """A row for each prompt; a column for each number of the model's steps, and the teacher's 50."""
-    from calotype.images import grid, save_png, to_pil
-
-    names = [row.name for row in table.rows if row.name.startswith("student")]
-    names += [name for name in table.examples if name not in {row.name for row in table.rows}]
-    columns = [to_pil(table.examples[name].float() / 127.5 - 1) for name in names]
-    cells = [picture for row in zip(*columns, strict=True) for picture in row]
-    titles = [name.removeprefix("student, ") for name in names]
-    rows = len(columns[0])
-    save_png(grid(cells, len(names), column_titles=titles, row_titles=prompts[:rows]), output)

@@ -190,6 +190,16 @@ class Decomposed(Delta):
         return scale * (changed - base)
 
 
+@dataclass(frozen=True)
+class Habit:
+    """How an adapter that was distilled is used: what a request that leaves it open gets."""
+
+    sampler: str
+    steps: int
+    guidance: float  # diffusers' guidance_scale: 1 is none
+    timesteps: tuple[int, ...] = ()  # of those steps, where the base model's own grid is another one
+
+
 @dataclass(frozen=True, eq=False)
 class LoRA:
     """One adapter: what it changes of each network. It has the name of the commonest kind, and may be any of them."""
@@ -199,6 +209,7 @@ class LoRA:
     # "unet", "text_encoder" or "text_encoder_2" -> its parameters -> the change of each
     deltas: Mapping[str, Mapping[str, Delta]]
     revision: str | None = None
+    habit: Habit | None = None
 
 
 def _require(fits: bool) -> None:

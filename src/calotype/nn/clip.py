@@ -6,6 +6,7 @@ Shapes: B texts, L tokens, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,23 @@ class CLIPTextConfig:
     eps: float = 1e-5
 
 
+class TowerConfig(Protocol):
+    """What a layer must know of its transformer; CLIP has another one for pictures (nn.clip_vision)."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def intermediate(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def activation(self) -> str: ...
+    @property
+    def eps(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class CLIPOutput:
     """What one text gives."""
@@ -38,11 +56,12 @@ class CLIPOutput:
 
 
 class SelfAttention(nn.Module):
-    """Causal multi-head self-attention."""
+    """Multi-head self-attention; where it is causal, each token sees those before it alone."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
         super().__init__()
         self.heads = heads
+        self.causal = causal
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
@@ -53,12 +72,12 @@ class SelfAttention(nn.Module):
             projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, L, D) -> (B, heads, L, D / heads)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
-    def __init__(self, config: CLIPTextConfig) -> None:
+    def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         self.quick = config.activation == "quick_gelu"
         self.fc1 = nn.Linear(config.width, config.intermediate)
@@ -72,9 +91,9 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    def __init__(self, config: CLIPTextConfig) -> None:
+    def __init__(self, config: TowerConfig, *, causal: bool) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(config.width, config.heads)
+        self.self_attn = SelfAttention(config.width, config.heads, causal=causal)
         self.layer_norm1 = nn.LayerNorm(config.width, eps=config.eps)
         self.mlp = MLP(config)
         self.layer_norm2 = nn.LayerNorm(config.width, eps=config.eps)
@@ -95,9 +114,9 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: CLIPTextConfig) -> None:
+    def __init__(self, config: TowerConfig, *, causal: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(EncoderLayer(config, causal=causal) for _ in range(config.layers))
 
 
 class TextTransformer(nn.Module):
@@ -106,7 +125,7 @@ class TextTransformer(nn.Module):
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, causal=True)
         self.final_layer_norm = nn.LayerNorm(config.width, eps=config.eps)
 
 

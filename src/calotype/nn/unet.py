@@ -68,6 +68,13 @@ class Conditioning:
         optional = [join([getattr(part, name) for part in parts]) for name in ("pooled", "time_ids", "w")]
         return Conditioning(context, *optional)
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Conditioning:
+        """The same on a device and in a dtype."""
+        optional = (self.pooled, self.time_ids, self.w)
+        return Conditioning(
+            self.context.to(device, dtype), *(None if field is None else field.to(device, dtype) for field in optional)
+        )
+
     def select(self, rows: slice | Tensor) -> Conditioning:
         """The conditioning of some pictures of the batch."""
         optional = (self.pooled, self.time_ids, self.w)

@@ -77,6 +77,29 @@ def _kernel_of_pairs(fx: Tensor, fy: Tensor) -> Tensor:
 
 def paired_distance(fx: Tensor, fy: Tensor) -> Estimate:
     """The mean over i of |fx[i] - fy[i]| / sqrt(d): how much each single picture differs from its counterpart."""
-    distances = (fx.double() - fy.double()).square().mean(1).sqrt()
-    n = len(distances)
-    return Estimate(float(distances.mean()), ((distances.sum() - distances) / (n - 1),))
+    return mean((fx.double() - fy.double()).square().mean(1).sqrt())
+
+
+def mean(values: Tensor) -> Estimate:
+    """The mean of values (n,), one for each picture."""
+    return Estimate(float(values.mean()), ((values.sum() - values) / (len(values) - 1),))
+
+
+def frechet(fx: Tensor, fy: Tensor) -> float:
+    """The squared Frechet distance of the normal distributions that fit features (m, d) and (n, d).
+
+    |mean difference|^2 + tr(A + B - 2 (A B)^(1/2)) of their covariances A and B (Heusel et al. 2017, arXiv 1706.08500,
+    Equation 6). A B has the eigenvalues of the symmetric A^(1/2) B A^(1/2), so two symmetric decompositions give the
+    trace, in float64, with no complex numbers where a covariance is singular, as it is for less than d pictures.
+
+    It is above 0 for two sets from one source, by an amount that falls with their size: docs/notes/eval.md.
+    """
+    if min(len(fx), len(fy)) < 2:
+        raise UsageError(f"{len(fx)} and {len(fy)} pictures to compare: allowed are at least 2 of each")
+    fx, fy = fx.double(), fy.double()
+    a, b = torch.cov(fx.T).view(fx.shape[1], -1), torch.cov(fy.T).view(fy.shape[1], -1)
+    values, vectors = torch.linalg.eigh(a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    both = torch.linalg.eigvalsh(root @ b @ root).clamp(min=0).sqrt().sum()
+    between = (fx.mean(0) - fy.mean(0)).square().sum()
+    return float((between + a.trace() + b.trace() - 2 * both).clamp(min=0))

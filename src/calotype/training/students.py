@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from calotype.errors import CheckpointError
-from calotype.lora import LoRA, LowRank, Stack
-from calotype.nn.unet import Conditioning, UNet
+from calotype.lora import LoRA, LowRank
+from calotype.nn.attention import Transformer2D
+from calotype.nn.blocks import ResnetBlock
+from calotype.nn.unet import Conditioning, UNet, UNetConfig
 from calotype.parts import Parts
 from calotype.training.loss import Network
 
@@ -23,20 +30,25 @@ LCM_LORA = (
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
 )
 
-Files = dict[str, dict[str, Tensor]]  # a checkpoint's files, by name: what they hold
+GUIDANCE_DIM = 256  # of the released models
+
+Files = dict[str, dict[str, Tensor]]  # what a checkpoint holds, by kind and name
 
 
 class Student(ABC):
     """The three networks of the loss, and the numbers that are trained."""
 
-    network: Network  # gradients flow through this one
+    module: nn.Module  # gradients flow through this one, called as a Network; its parameters that want them are trained
+    network: Network  # the same, or what wraps it to train in many processes
     target: Network  # what it must agree with
     teacher: Network
+    result: Network  # what it has become, to draw with; without gradients
+    config: UNetConfig  # of the result
 
     @property
-    @abstractmethod
     def parameters(self) -> list[Tensor]:
         """What the optimizer changes."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     @abstractmethod
     def follow(self, decay: float) -> None:
@@ -44,17 +56,25 @@ class Student(ABC):
 
     @abstractmethod
     def files(self) -> Files:
-        """All that an interrupted run needs of it."""
+        """All that an interrupted run needs of it: the tensors themselves, so writing to them restores it."""
 
     @abstractmethod
-    def restore(self, files: Files) -> None:
-        """Becomes what `files` were taken from."""
+    def outcome(self) -> UNet | LoRA:
+        """The result, to be written. Where networks are cut up, all processes must call it."""
+
+    @abstractmethod
+    def checkpoint_activations(self) -> None:
+        """From now on activations are not kept for the gradients, but computed anew (Chen et al. 2016, 1604.06174)."""
+
+    @abstractmethod
+    def compile(self) -> None:
+        """torch.compile for all three networks."""
 
 
 class FullStudent(Student):
     """A whole network of its own, and a moving average of it as the target and the result (the paper's theta-)."""
 
-    network: UNet
+    module: UNet
     target: UNet
     teacher: UNet
 
@@ -68,23 +88,44 @@ class FullStudent(Student):
                     hint="give a folder that calotype distill made from the same teacher, or none",
                 )
             student.load_state_dict(first.state_dict())
-        self.network, self.teacher = student, teacher.requires_grad_(False)
-        self.target = copy.deepcopy(student).requires_grad_(False)
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        return list(self.network.parameters())
+        self.module = self.network = student
+        self.teacher = teacher.requires_grad_(False)
+        self.result = self.target = copy.deepcopy(student).requires_grad_(False)
+        self.config = student.config
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
-        torch._foreach_lerp_(list(self.target.parameters()), self.parameters, 1 - decay)
+        ours, theirs = (_local(list(network.parameters())) for network in (self.target, self.module))
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
 
     def files(self) -> Files:
-        return {"student": self.network.state_dict(), "ema": self.target.state_dict()}
+        return {
+            "student": {name: parameter.detach() for name, parameter in self.module.named_parameters()},
+            "ema": {name: parameter.detach() for name, parameter in self.target.named_parameters()},
+        }
 
-    def restore(self, files: Files) -> None:
-        self.network.load_state_dict(files["student"])
-        self.target.load_state_dict(files["ema"])
+    def checkpoint_activations(self) -> None:
+        _recompute(self.module)
+
+    def compile(self) -> None:
+        for network in (self.module, self.target, self.teacher):
+            network.compile()
+
+    def shard(self) -> None:
+        """Cuts the networks into pieces over the processes (FSDP2), before an optimizer gets to know the parameters."""
+        for network in (self.module, self.target, self.teacher):
+            for layer in network.modules():
+                if isinstance(layer, ResnetBlock | Transformer2D):
+                    fully_shard(layer)
+            fully_shard(network, reshard_after_forward=True)  # also where no backward pass would do it
+
+    @torch.no_grad()
+    def outcome(self) -> UNet:
+        state = {name: whole(parameter) for name, parameter in self.target.state_dict().items()}
+        with torch.device("meta"):
+            unet = UNet(self.config)
+        unet.load_state_dict(state, assign=True)
+        return unet.eval().requires_grad_(False)
 
 
 class LoraStudent(Student):
@@ -94,62 +135,156 @@ class LoraStudent(Student):
     were trained. The change starts as nothing: `down` is drawn as a layer's weight is, `up` is zero.
     """
 
+    module: Adapted
+
     def __init__(self, parts: Parts, rank: int, seed: int = 0) -> None:
-        self.unet = parts.unet.requires_grad_(False)
-        self.lora = LoRA("student", None, {"unet": _low_rank(parts.unet, rank, seed)})
-        self._stack = Stack(parts)
-        self._stack.add("student", self.lora, 0.0)  # known, and not merged
-        self.target = self.network
+        self._unet = parts.unet.requires_grad_(False)
+        self.module = self.network = Adapted(parts.unet, rank, seed)
+        self.result = self.target = partial(self.module.run, Mode.MERGED)
+        self.teacher = partial(self.module.run, Mode.OFF)
+        self.config = parts.unet.config
 
-    def network(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The teacher with the adapter on."""
-        with self._stack.live({"student": 1.0}):
-            return self.unet(x, t, replace(conditioning, w=None))  # type: ignore[no-any-return]
-
-    def teacher(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.unet(x, t, conditioning)  # type: ignore[no-any-return]
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        return list(self._named().values())
+    def outcome(self) -> LoRA:
+        deltas = {f"{name}.weight": layer.delta for name, layer in self.module.layers.items()}
+        return LoRA("student", None, {"unet": deltas})
 
     def follow(self, decay: float) -> None:
         """The target is the student."""
 
     def files(self) -> Files:
-        return {"student": {name: tensor.detach() for name, tensor in self._named().items()}}
+        return {"student": {name: parameter.detach() for name, parameter in self.module.named_parameters()}}
 
-    @torch.no_grad()
-    def restore(self, files: Files) -> None:
-        for name, tensor in self._named().items():
-            tensor.copy_(files["student"][name])
+    def checkpoint_activations(self) -> None:
+        _recompute(self._unet)
 
-    def _named(self) -> dict[str, Tensor]:
-        return {
-            f"{parameter}.{i}": tensor
-            for parameter, delta in self.lora.deltas["unet"].items()
-            for i, tensor in enumerate(delta.tensors())
-        }
+    def compile(self) -> None:
+        self._unet.compile()
+
+
+# ---- a network with a LoRA that can be trained, and switched off ----
+
+
+class Mode:
+    """Which network an adapted one is just now."""
+
+    OFF = "off"  # what it was
+    ON = "on"  # with the adapter beside its layers: gradients reach the factors
+    MERGED = "merged"  # the same without gradients, by whichever way is shorter
+
+
+class Adapted(nn.Module):
+    """A frozen U-Net whose layers have an adapter: gradients reach the factors `down` and `up` alone.
+
+    The U-Net stays what it was for everybody else, in mode OFF. The mode is left as the last call had it, so that a
+    backward pass that computes activations anew still meets the network that made them: call the student last.
+    """
+
+    def __init__(self, unet: UNet, rank: int, seed: int) -> None:
+        super().__init__()
+        self.mode: str = Mode.OFF
+        self._unet = (unet,)  # in a tuple: no submodule of this one, whose parameters are the factors
+        self.layers: dict[str, AdaptedLayer] = {}
+        generator = torch.Generator().manual_seed(seed)
+        for name, layer in unet.named_modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d) and name.endswith(tuple(f".{each}" for each in LCM_LORA)):
+                self.layers[name] = AdaptedLayer(layer, rank, generator, lambda: self.mode)
+        for name, adapted in self.layers.items():
+            self.register_module(name.replace(".", "/"), adapted)  # modules' names have no dots
+
+    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.run(Mode.ON, x, t, conditioning)
+
+    def run(self, mode: str, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The output in a mode."""
+        self.mode = mode
+        if mode == Mode.OFF:  # the teacher is guided by real evaluations
+            conditioning = replace(conditioning, w=None)
+        return self._unet[0](x, t, conditioning)  # type: ignore[no-any-return]
+
+
+class AdaptedLayer(nn.Module):
+    """The factors of one layer's change; it takes the place of the layer's forward."""
+
+    def __init__(
+        self, layer: nn.Linear | nn.Conv2d, rank: int, generator: torch.Generator, mode: Callable[[], str]
+    ) -> None:
+        super().__init__()
+        weight = layer.weight
+        out, *ins = weight.shape
+        bound = torch.Size(ins).numel() ** -0.5
+        down = (torch.rand(rank, *ins, generator=generator) * 2 - 1) * bound
+        kind = torch.promote_types(weight.dtype, torch.float32)  # trained in float32 on a bfloat16 base
+        self.down = nn.Parameter(down.to(weight.device, kind))
+        self.up = nn.Parameter(torch.zeros(out, rank, *[1] * (len(ins) - 1), device=weight.device, dtype=kind))
+        self._layer, self._mode, self._plain = (layer,), mode, layer.forward
+        layer.forward = self.forward  # type: ignore[method-assign,assignment]
+
+    @property
+    def delta(self) -> LowRank:
+        return LowRank(self.down, self.up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (layer,), mode = self._layer, self._mode()
+        if mode == Mode.OFF:
+            return self._plain(x)
+        if mode == Mode.MERGED and self._is_shorter_merged(x):
+            weight = layer.weight + (self.up.flatten(1) @ self.down.flatten(1)).view_as(layer.weight)
+            if isinstance(layer, nn.Linear):
+                return F.linear(x, weight, layer.bias)
+            return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding)
+        if isinstance(layer, nn.Linear):
+            return self._plain(x) + F.linear(F.linear(x, self.down), self.up)
+        return self._plain(x) + F.conv2d(F.conv2d(x, self.down, None, layer.stride, layer.padding), self.up)
+
+    def _is_shorter_merged(self, x: Tensor) -> bool:
+        """Whether up @ down, added to the weight, takes fewer multiplications than passing x through the factors.
+
+        Never in bfloat16, where a small change would be rounded away in the sum.
+        """
+        layer = self._layer[0]
+        if layer.weight.dtype == torch.bfloat16 or torch.is_autocast_enabled(x.device.type):
+            return False
+        places = x.numel() // x.shape[-1] if isinstance(layer, nn.Linear) else x.numel() // x.shape[1]
+        if isinstance(layer, nn.Conv2d):
+            places //= layer.stride[0] * layer.stride[1]
+        ins, out = self.down[0].numel(), len(self.up)
+        return ins * out < places * (ins + out)
+
+
+# ---- a network of its own ----
 
 
 def student_of(teacher: UNet) -> UNet:
     """A trainable copy of the teacher with a guidance embedding, which is zero at first: it starts as the teacher."""
-    student = UNet(replace(teacher.config, guidance_dim=256))
-    state = {name: tensor.detach().clone().float() for name, tensor in teacher.state_dict().items()}
-    state["time_embedding.cond_proj.weight"] = torch.zeros_like(student.time_embedding.cond_proj.weight)  # type: ignore[union-attr]
+    own = teacher.config.guidance_dim  # one that is a consistency model already has it
+    student = UNet(replace(teacher.config, guidance_dim=GUIDANCE_DIM if own is None else own))
+    kind = torch.promote_types(next(teacher.parameters()).dtype, torch.float32)
+    state = {name: tensor.detach().clone().to(kind) for name, tensor in teacher.state_dict().items()}
+    projection = student.time_embedding.cond_proj
+    assert projection is not None
+    state.setdefault("time_embedding.cond_proj.weight", torch.zeros_like(projection.weight, dtype=kind))
     student.load_state_dict(state, assign=True)
     return student.requires_grad_(True).to(next(teacher.parameters()).device)
 
 
-def _low_rank(unet: UNet, rank: int, seed: int) -> Mapping[str, LowRank]:
-    generator = torch.Generator().manual_seed(seed)
-    deltas = {}
-    for name, module in unet.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d) and name.endswith(tuple(f".{each}" for each in LCM_LORA)):
-            out, *ins = module.weight.shape
-            bound = torch.Size(ins).numel() ** -0.5
-            down = (torch.rand(rank, *ins, generator=generator) * 2 - 1) * bound
-            up = torch.zeros(out, rank, *[1] * (len(ins) - 1))
-            down, up = (factor.to(module.weight.device).requires_grad_() for factor in (down, up))
-            deltas[f"{name}.weight"] = LowRank(down, up)
-    return deltas
+def _recompute(network: nn.Module) -> None:
+    """Wraps the forward of each residual block and transformer: only their inputs are kept for the gradients."""
+    for layer in network.modules():
+        if isinstance(layer, ResnetBlock | Transformer2D):
+            layer.forward = partial(_recomputed, layer.forward)  # type: ignore[method-assign]
+
+
+def _recomputed(forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+
+
+def _local(tensors: list[Tensor]) -> list[Tensor]:
+    """Of tensors that are cut up over the processes, this process' pieces."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be cut up, in one piece. All processes must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

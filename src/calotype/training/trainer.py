@@ -1,117 +1,46 @@
-"""The training loop of latent consistency distillation: a generator, so that the caller draws the progress.
+"""The training loop of consistency distillation: a generator, so that the caller draws the progress.
 
-A full U-Net with guidance embedding or a LoRA, in one process. A run can be stopped at any moment and resumed from
-its newest checkpoint; on a CPU the resumed run is the uninterrupted one, bit for bit.
+One process or many (calotype.training.ranks), a full U-Net or a LoRA. What a step sees is a pure function of the seed
+and the step's number, so a run can be stopped at any moment and resumed from its newest checkpoint; on a CPU the
+resumed run is the uninterrupted one, bit for bit.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import shutil
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from calotype.errors import CalotypeError, CalotypeWarning, CheckpointError, UsageError
-from calotype.nn.unet import Conditioning
-from calotype.schedule import CONSISTENCY, NoiseSchedule
-from calotype.training.data import Dataset, pick, prepare
-from calotype.training.export import export_lcm, export_lora
-from calotype.training.loss import Batch, consistency_loss
-from calotype.training.students import FullStudent, LoraStudent, Student
+from calotype.errors import CalotypeError, CalotypeWarning, CheckpointError, OutputError, UsageError
+from calotype.parts import Parts
+from calotype.schedule import NoiseSchedule
+from calotype.training import checkpoint
+from calotype.training.card import Run
+from calotype.training.dataset import Dataset, Samples, prepare
+from calotype.training.export import export
+from calotype.training.logs import Log
+from calotype.training.loss import Batch, Objective, consistency_loss
+from calotype.training.ranks import Ranks, joined, without_exchange
+from calotype.training.settings import Settings, TrainStep
+from calotype.training.sources import open_source
+from calotype.training.students import FullStudent, LoraStudent, Student, whole
+from calotype.training.validate import Reading, Validation, is_hopeless, kept
 from calotype.weights.load import load_parts
-from calotype.weights.source import resolve
 
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train. Names are those of diffusers' LCM scripts where they have one."""
-
-    lora: bool = False  # train a LoRA on the teacher, and no network of its own
-    lora_rank: int = 64
-    max_train_steps: int = 1000
-    train_batch_size: int = 12
-    learning_rate: float | None = None  # 1e-5, or 1e-4 of a LoRA
-    lr_scheduler: str = "constant"  # or "cosine": falls to zero at the end
-    lr_warmup_steps: int = 50
-    resolution: int | None = None  # pixels; the teacher's own size if None
-    seed: int = 0
-    w_min: float = 3.0  # the paper's w: guidance - 1
-    w_max: float = 15.0
-    num_ddim_timesteps: int = 50  # of the grid that training visits, the one that sampling picks its steps from
-    skipping_step: int = 20  # the paper's k: timesteps that the teacher's solver jumps
-    solver_substeps: int = 1  # in which it goes there
-    timestep_power: float = 1.0  # of the uniform number that picks a timestep: 2 sees half of all below T / 4
-    ema_decay: float = 0.95
-    huber_c: float = 0.001
-    adam_weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    mixed_precision: str = "no"  # or "bf16"
-    checkpointing_steps: int = 500
-    sampler: str = "lcm"  # or "tcd": the finished model's default
-
-    def __post_init__(self) -> None:
-        if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", 1e-4 if self.lora else 1e-5)
-        for name in (
-            "lora_rank",
-            "max_train_steps",
-            "train_batch_size",
-            "num_ddim_timesteps",
-            "skipping_step",
-            "solver_substeps",
-            "checkpointing_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}: must be at least 1")
-        for name in ("learning_rate", "huber_c", "max_grad_norm", "timestep_power"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise UsageError(f"{name} is {getattr(self, name)}: must be a positive number")
-        if not 0 <= self.w_min <= self.w_max < math.inf:
-            raise UsageError(
-                f"w_min {self.w_min} and w_max {self.w_max}: must be 0 <= w_min <= w_max",
-                hint="w is the paper's guidance scale: diffusers' guidance_scale - 1",
-            )
-        if not 0 <= self.ema_decay < 1:
-            raise UsageError(f"ema_decay is {self.ema_decay}: must be in [0, 1)")
-        if self.lr_scheduler not in ("constant", "cosine"):
-            raise UsageError(f"lr_scheduler is {self.lr_scheduler!r}: must be 'constant' or 'cosine'")
-        if self.sampler not in CONSISTENCY:
-            raise UsageError(f"sampler is {self.sampler!r}: must be one of {', '.join(CONSISTENCY)}")
-        if self.mixed_precision not in ("no", "bf16"):
-            raise UsageError(f"mixed_precision is {self.mixed_precision!r}: must be 'no' or 'bf16'")
-        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
-            raise UsageError(f"resolution is {self.resolution}: must be a positive multiple of 8")
-
-    def rate(self, step: int) -> float:
-        """The learning rate at a step."""
-        assert self.learning_rate is not None
-        warm = min(1.0, (step + 1) / max(1, self.lr_warmup_steps))
-        if self.lr_scheduler == "constant":
-            return self.learning_rate * warm
-        return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / self.max_train_steps))
-
-
-@dataclass(frozen=True)
-class TrainStep:
-    """What the loop reports: a stage ("encode", "train" or "done"), how far it is, and in training the figures."""
-
-    stage: str
-    step: int  # pictures encoded, or steps trained
-    total: int | None
-    loss: float = math.nan
-    grad_norm: float = math.nan
-    learning_rate: float = math.nan
-    samples_per_second: float = math.nan
+# These may change when a run is resumed, and nothing is said: they say how long it runs, not what a step is.
+FREE = (
+    *("max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_samples"),
+    *("patience", "sampler", "gradient_checkpointing", "compile", "fsdp"),
+)
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+FIXED = ("objective", "lora", "lora_rank")  # these may not
 
 
 @dataclass
@@ -119,9 +48,20 @@ class State:
     """Everything that changes while training."""
 
     student: Student
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     history: list[dict[str, Any]]  # the settings, and from which step on they held
     step: int = 0
+    loss: float | None = None  # of the newest step
+    readings: list[Reading] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it that is a tensor, by name, in place."""
+        files = self.student.files()
+        found = {f"{kind}.{name}": tensor for kind, tensors in files.items() for name, tensor in tensors.items()}
+        names = {id(parameter): name for name, parameter in self.student.module.named_parameters()}
+        for parameter, moments in self.optimizer.state.items():
+            found |= {f"optimizer.{names[id(parameter)]}.{key}": moment for key, moment in moments.items()}
+        return found
 
 
 def distill(
@@ -131,199 +71,307 @@ def distill(
     *,
     student: str | Path | None = None,
     resume: bool = False,
+    cache: str | Path | None = None,
     device: str = "auto",
     offline: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+    command: str | None = None,
+    dtype: str = "float16",
     **settings: object,
 ) -> Iterator[TrainStep]:
-    """Distils a latent consistency model from `teacher` on the captioned pictures in the folder `data`.
+    """Distils a latent consistency model from `teacher` on `data`.
 
-    `settings` are the fields of Settings. `output` becomes a model folder in the diffusers layout, written at the end;
-    with `lora` it gets `pytorch_lora_weights.safetensors` instead, for the teacher and its kin. Its `checkpoints` and
-    `cache` hold what a resumed run needs. `student` is a latent consistency model of that teacher to go on from;
-    without one the student starts as the teacher.
+    `data` is a folder of captioned pictures, WebDataset tars, or a file of prompts whose pictures the teacher draws
+    (calotype.training.sources). `settings` are the fields of Settings. `output` becomes a model folder in the diffusers
+    layout, written at the end; with `lora` it gets `pytorch_lora_weights.safetensors` instead, for the teacher and its
+    kin, and the same for other programs in `kohya_lora_weights.safetensors`. Its `checkpoints` hold what a resumed run
+    needs; `cache` (in `output` if None) the encoded pictures and captions. `student` is a latent consistency model of
+    that teacher to go on from; without one the student starts as the teacher. When `stop` says so, the run is saved at
+    the end of a step and ends. `command` is how the run was started, for the model card; `dtype` that of the files.
+    Started by torchrun, it trains in all the processes.
 
     Raises UsageError for bad settings or data and where `output` is not empty, CheckpointError for a teacher that
-    cannot be distilled.
+    cannot be distilled, OutputError where nothing can be written.
     """
     try:
         chosen = Settings(**settings)  # type: ignore[arg-type]
     except TypeError as error:
         raise UsageError(str(error).replace("Settings.__init__() ", "")) from None
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype is {dtype!r}: must be one of {', '.join(DTYPES)}")
     if student is not None and chosen.lora:
         raise UsageError("a LoRA has no student to go on from", hint="leave out student, or lora")
-    folder, output = Path(data), Path(output)
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    _check_output(output, resume)
-    parts = load_parts(str(teacher), offline=offline, device=torch.device(name), dtype=torch.float32)
-    if parts.unet.config.guidance_dim is not None:
-        raise CheckpointError(f"{teacher} is already a latent consistency model", hint="distil from an ordinary model")
-    resolution = parts.defaults.width if chosen.resolution is None else chosen.resolution
-    chosen = replace(chosen, resolution=resolution)
+    with joined(device) as ranks:
+        if chosen.fsdp and ranks.world == 1:
+            raise UsageError("fsdp takes several processes", hint="start it with torchrun --nproc-per-node N")
+        output = Path(output)
+        if ranks.first:
+            _check_output(output, resume)
+        ranks.barrier()
+        source = open_source(Path(data), Path(cache or output / "cache"))
+        parts = load_parts(str(teacher), offline=offline, device=ranks.device)
+        _check_teacher(parts, str(teacher), chosen)
+        chosen = replace(chosen, resolution=chosen.resolution or parts.defaults.width)
 
-    dataset: Dataset | None = None
-    for progress in prepare(parts, folder, resolution, output / "cache"):
-        if isinstance(progress, Dataset):
-            dataset = progress
-        else:
-            yield TrainStep("encode", progress, None)
-    assert dataset is not None
+        dataset: Dataset | None = None
+        for progress in prepare(parts, source, chosen, Path(cache or output / "cache"), ranks):
+            if isinstance(progress, Dataset):
+                dataset = progress
+            else:
+                yield TrainStep("encode", progress, None)
+        assert dataset is not None
 
-    if chosen.lora:
-        learner: Student = LoraStudent(parts, chosen.lora_rank, chosen.seed)
+        first = None if student is None else load_parts(str(student), offline=offline, device=ranks.device).unet
+        state = start(make_student(parts, chosen, first), chosen, ranks)
+        found = ranks.said_by_first(checkpoint.newest(output / "checkpoints") if ranks.first and resume else None)
+        if found is not None:
+            _restore(state, found, chosen, ranks)
+        yield from _run(state, parts, dataset, chosen, output, ranks, stop)
+        if state.step < chosen.max_train_steps and not is_hopeless(state.readings, chosen.patience):
+            yield TrainStep("stopped", state.step, chosen.max_train_steps)
+            return
+        outcome = state.student.outcome()
+        if ranks.first:
+            run = _described(state, str(teacher), str(data), command, len(dataset))
+            export(parts, outcome, output, run, DTYPES[dtype])
+        ranks.barrier()
+        yield TrainStep("done", state.step, chosen.max_train_steps)
+
+
+def make_student(parts: Parts, settings: Settings, first: nn.Module | None = None) -> Student:
+    """The student that the settings ask for, before its first step."""
+    if settings.mixed_precision == "bf16" and settings.lora:
+        parts.unet.to(torch.bfloat16)  # frozen; the factors are float32
+    if settings.lora:
+        student: Student = LoraStudent(parts, settings.lora_rank, settings.seed)
     else:
-        first = None if student is None else load_parts(str(student), offline=offline, device=torch.device(name)).unet
-        learner = FullStudent(parts.unet, first)
-    state = start(learner, chosen)
-    checkpoint = newest_checkpoint(output)
-    if resume and checkpoint is not None:
-        _restore(state, checkpoint, chosen)
-    with (output / "log.jsonl").open("a", encoding="utf-8") as log:
-        for report in train(state, parts.schedule, dataset, chosen, resolution):
-            log.write(json.dumps(asdict(report)) + "\n")
-            if report.step % chosen.checkpointing_steps == 0 or report.step == chosen.max_train_steps:
-                log.flush()
-                _save(state, output)
+        student = FullStudent(parts.unet, first)  # type: ignore[arg-type]
+    if settings.gradient_checkpointing:
+        student.checkpoint_activations()
+    if settings.compile:
+        student.compile()
+    return student
+
+
+def start(student: Student, settings: Settings, ranks: Ranks) -> State:
+    """Before the first step: the networks are spread over the processes, and the optimizer knows their parameters."""
+    if settings.fsdp:
+        assert isinstance(student, FullStudent)
+        student.shard()
+    else:
+        student.network = ranks.averaging(student.module)
+    history = [{"from_step": 0, "processes": ranks.world, **asdict(settings)}]
+    return State(student, _optimizer(student, settings), history)
+
+
+def _optimizer(student: Student, settings: Settings) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {"lr": settings.rate(0), "weight_decay": settings.adam_weight_decay}
+    if settings.optimizer == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
+        except ImportError:
+            message = "adamw8bit needs bitsandbytes, which is not installed"
+            raise UsageError(message, "pip install bitsandbytes") from None
+        return AdamW8bit(student.parameters, **options)  # type: ignore[no-any-return]
+    return torch.optim.AdamW(student.parameters, fused=not settings.fsdp, **options)
+
+
+# ---- the loop ----
+
+
+def _run(
+    state: State,
+    parts: Parts,
+    dataset: Dataset,
+    settings: Settings,
+    output: Path,
+    ranks: Ranks,
+    stop: Callable[[], bool],
+) -> Iterator[TrainStep]:
+    """Trains to the last step, or until it is told to stop or no longer worth it; saves and validates on the way."""
+    validation, last, told = None, state.step >= settings.max_train_steps, False
+    if settings.validation_steps and settings.objective != "lcf":  # which has no teacher to compare with
+        validation = Validation(parts, state.student, dataset.held_out, settings, output, ranks)
+    with Log(output, state.step, ranks) as log:
+        if validation is not None:
+            for count in validation.start():
+                yield TrainStep("validate", count, len(validation.prompts))
+        for report in train(state, parts.schedule, dataset, settings, ranks):
+            log.write(report)
             yield report
-    if isinstance(learner, LoraStudent):
-        export_lora(learner.lora, output, state.history)
-    elif isinstance(learner, FullStudent):
-        export_lcm(resolve(str(teacher), offline=offline), learner.target, parts, output, state.history)
-    yield TrainStep("done", state.step, chosen.max_train_steps)
+            last = report.step == settings.max_train_steps
+            told = ranks.total([float(stop())])[0] > 0
+            due = report.step % settings.checkpointing_steps == 0 or last or told
+            if validation is not None and (report.step % validation.every == 0 or last):
+                for found in validation.measure(report.step):
+                    if isinstance(found, Reading):
+                        state.readings.append(found)
+                        log.write(found.report(settings))
+                        yield found.report(settings)
+                    else:
+                        yield TrainStep("validate", found, len(validation.prompts))
+                due = True
+            if due:
+                _save(state, settings, output, ranks)
+                yield TrainStep("save", report.step, settings.max_train_steps)
+            if told or is_hopeless(state.readings, settings.patience):
+                break
+    best = kept(state.readings)
+    if best is not None and best.step != state.step and (last or not told):
+        message = f"the weights of step {best.step} are kept: held-out pictures were measurably worse after it"
+        if ranks.first:
+            warnings.warn(message, CalotypeWarning, stacklevel=2)
+        checkpoint.read(output / "checkpoints" / f"step-{best.step:08d}", state.tensors(), ranks)
 
 
 def train(
-    state: State, schedule: NoiseSchedule, dataset: Dataset, settings: Settings, resolution: int
+    state: State, schedule: NoiseSchedule, dataset: Dataset, settings: Settings, ranks: Ranks
 ) -> Iterator[TrainStep]:
-    """The loop itself, from state.step to the end. A step depends on the state, the settings and the data alone."""
-    student = state.student
-    trained = student.parameters
-    device = trained[0].device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16")
+    """Steps of training until `max_train_steps`; `state` is up to date whenever a TrainStep is yielded."""
+    student, trained = state.student, state.student.parameters
+    schedule = schedule.to(ranks.device)
+    objective = Objective(
+        settings.objective,
+        settings.phases,
+        settings.loss_type,
+        settings.huber_c,
+        settings.skipping_step,
+        settings.solver_substeps,
+        settings.num_ddim_timesteps,
+    )
+    parts = settings.gradient_accumulation_steps
+    size = settings.train_batch_size * parts * ranks.world
     while state.step < settings.max_train_steps:
         started = time.perf_counter()
-        batch = make_batch(dataset, schedule, settings, state.step, resolution, device)
         for group in state.optimizer.param_groups:
             group["lr"] = settings.rate(state.step)
-        with autocast:
-            losses = consistency_loss(
-                student.network, student.target, student.teacher, schedule, batch,
-                solver_steps=settings.num_ddim_timesteps, skip=settings.skipping_step,
-                substeps=settings.solver_substeps, huber_c=settings.huber_c,
-            )  # fmt: skip
-        loss = losses.mean()
-        value = loss.item()
-        if not math.isfinite(value):
-            worst = int((~torch.isfinite(losses)).int().argmax())
-            pictures, _ = pick(dataset, settings.seed, state.step, settings.train_batch_size)
-            raise CalotypeError(
-                f"the loss is {value} at step {state.step} (picture {int(pictures[worst])} of the data)",
-                hint="lower --learning-rate and go on from the last checkpoint with --resume",
-            )
         state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
+        total, names = 0.0, list[str]()
+        for part in range(parts):
+            here = slice(*((part * ranks.world + ranks.rank + i) * settings.train_batch_size for i in (0, 1)))
+            samples = dataset.samples(settings.seed, state.step, size, here)
+            batch = make_batch(samples, settings, state.step * size + here.start, trained[0])
+            with (
+                nullcontext() if part + 1 == parts else without_exchange(student.network),
+                torch.autocast(ranks.device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16"),
+            ):
+                losses = consistency_loss(student.network, student.target, student.teacher, schedule, batch, objective)
+            finite = torch.isfinite(losses)
+            if not finite.all():
+                names.append(samples.names[int((~finite).int().argmax())])
+            total += float(losses.detach().sum())
+            (losses.mean() / parts).backward()  # type: ignore[no-untyped-call]
+        loss, bad = ranks.total([total, float(len(names))])
+        if bad:
+            where = f"on {names[0]!r} " if names else "in another process "
+            raise CalotypeError(
+                f"step {state.step + 1}: the loss {where}is not a finite number",
+                hint="the checkpoints are as they were: go on with --resume and a lower --learning-rate",
+            )
+        norm = whole(nn.utils.clip_grad_norm_(trained, settings.max_grad_norm))
         state.optimizer.step()
         student.follow(settings.ema_decay)
-        state.step += 1
-        speed = settings.train_batch_size / (time.perf_counter() - started)
+        state.step, state.loss = state.step + 1, loss / size
+        speed = size / (time.perf_counter() - started)
         rate = state.optimizer.param_groups[0]["lr"]
-        yield TrainStep("train", state.step, settings.max_train_steps, value, float(norm), rate, speed)
+        yield TrainStep("train", state.step, settings.max_train_steps, state.loss, float(norm), rate, speed)
 
 
-def make_batch(
-    dataset: Dataset, schedule: NoiseSchedule, settings: Settings, step: int, resolution: int, device: torch.device
-) -> Batch:
-    """The batch of a step: a pure function of seed and step, so a resumed run sees what the first would have seen."""
-    pictures, captions = pick(dataset, settings.seed, step, settings.train_batch_size)
-    generator = torch.Generator().manual_seed((settings.seed << 32) + step)
-    x0 = dataset.latents[pictures].float()
-    noise = torch.randn(x0.shape, generator=generator)
-    index = torch.randint(0, settings.num_ddim_timesteps, (len(x0),), generator=generator)
-    if settings.timestep_power != 1:
-        share = torch.rand(len(x0), generator=generator) ** settings.timestep_power
-        index = (share * settings.num_ddim_timesteps).long()
-    w = settings.w_min + (settings.w_max - settings.w_min) * torch.rand(len(x0), generator=generator)
+def make_batch(samples: Samples, settings: Settings, first: int, like: Tensor) -> Batch:
+    """The examples `first`, `first` + 1, ... of a run: every random choice of example i is a function of (seed, i)."""
+    count = len(samples.latents)
+    draws = [_draws(settings, first + i, samples.latents.shape[1:]) for i in range(count)]
+    noise, numbers = torch.stack([noise for noise, _ in draws]), torch.stack([numbers for _, numbers in draws])
+    where, w, share = numbers.unbind(1)
+    index = (where**settings.timestep_power * settings.num_ddim_timesteps).long()
+    kind = torch.promote_types(like.dtype, torch.float32)
     return Batch(
-        x0.to(device),
-        noise.to(device),
-        index.to(device),
-        w.to(device),
-        _conditioning(dataset, captions, resolution, device),
-        _conditioning(dataset, torch.full_like(captions, dataset.null), resolution, device),
+        samples.latents.to(like.device, kind),
+        noise.to(like.device, kind),
+        index.clamp(max=settings.num_ddim_timesteps - 1).to(like.device),
+        (settings.w_min + (settings.w_max - settings.w_min) * w).to(like.device, kind),
+        samples.conditioning.to(like.device, kind),
+        samples.null.to(like.device, kind),
+        share.to(like.device, kind),
+        None if samples.masked is None else samples.masked.to(like.device, kind),
     )
 
 
-def _conditioning(dataset: Dataset, rows: Tensor, resolution: int, device: torch.device) -> Conditioning:
-    context = dataset.context[rows].to(device, torch.float32)
-    if dataset.pooled is None:
-        return Conditioning(context)
-    sizes = torch.tensor([resolution, resolution, 0, 0, resolution, resolution], dtype=torch.float32, device=device)
-    return Conditioning(context, dataset.pooled[rows].to(device, torch.float32), sizes.expand(len(rows), 6))
+def _draws(settings: Settings, i: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Example i's noise, and its three uniform numbers: timestep, w, and how far down a trajectory ends."""
+    generator = torch.Generator().manual_seed((settings.seed << 40) + i)
+    return torch.randn(shape, generator=generator), torch.rand(3, generator=generator)
 
 
-def start(student: Student, settings: Settings) -> State:
-    """Before the first step."""
-    optimizer = torch.optim.AdamW(student.parameters, lr=settings.rate(0), weight_decay=settings.adam_weight_decay)
-    return State(student, optimizer, [{"from_step": 0, **asdict(settings)}])
+# ---- beginning, going on, ending ----
 
 
-# ---- checkpoints: written beside, synced, renamed; the old one goes only after the new one stands ----
+def _save(state: State, settings: Settings, output: Path, ranks: Ranks) -> None:
+    readings = [asdict(reading) for reading in state.readings]
+    saved = {"step": state.step, "history": state.history, "readings": readings}
+    folder = output / "checkpoints"
+    checkpoint.write(folder, state.step, state.tensors(), saved, ranks)
+    best = kept(state.readings)
+    if ranks.first:
+        checkpoint.prune(folder, settings.checkpoints_total_limit, None if best is None else best.step)
+    ranks.barrier()
 
 
-def newest_checkpoint(output: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    found = sorted((output / "checkpoints").glob("step-*[0-9]"))
-    return found[-1] if found else None
-
-
-def _save(state: State, output: Path) -> None:
-    folder = output / "checkpoints" / f"step-{state.step:08d}"
-    temporary = folder.with_name(folder.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    moments = {
-        f"{i}.{name}": tensor
-        for i, entry in state.optimizer.state_dict()["state"].items()
-        for name, tensor in entry.items()
-    }
-    for name, tensors in {**state.student.files(), "optimizer": moments}.items():
-        save_file(tensors, temporary / f"{name}.safetensors")
-    (temporary / "state.json").write_text(json.dumps({"step": state.step, "history": state.history}, indent=2))
-    for file in temporary.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    for old in sorted(folder.parent.glob("step-*[0-9]"))[:-1]:
-        shutil.rmtree(old)
-
-
-def _restore(state: State, folder: Path, settings: Settings) -> None:
-    saved = json.loads((folder / "state.json").read_text())
+def _restore(state: State, folder: Path, settings: Settings, ranks: Ranks) -> None:
+    saved = checkpoint.state_of(folder)
     state.step, state.history = saved["step"], saved["history"]
-    now, before = asdict(settings), asdict(Settings()) | state.history[-1]  # an older run knows fewer settings
-    for name in ("lora", "lora_rank"):
+    state.readings = [Reading(**reading) for reading in saved["readings"]]
+    now = {"processes": ranks.world, **asdict(settings)}
+    before = {"processes": 1, **asdict(Settings()), **state.history[-1]}  # an older run knows fewer settings
+    for name in FIXED:
         if now[name] != before[name]:
             raise UsageError(f"{name} is {now[name]}, and the run in this folder has {before[name]}: they must agree")
-    # These may change in silence: they say how long it runs, not what a step is.
-    changed = [
-        name
-        for name in now
-        if now[name] != before[name] and name not in ("max_train_steps", "checkpointing_steps", "sampler")
-    ]
+    changed = [name for name in now if now[name] != before[name] and name not in FREE]
     if changed:
         what = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in changed)
         message = f"from step {state.step} on the settings differ from the run's so far: {what}"
         warnings.warn(message, CalotypeWarning, stacklevel=3)
     if now != {name: before[name] for name in now}:
         state.history.append({"from_step": state.step, **now})
-    files = {file.stem: load_file(file) for file in folder.glob("*.safetensors")}
-    state.student.restore(files)
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in files["optimizer"].items():
-        index, name = key.split(".", 1)
-        moments.setdefault(int(index), {})[name] = tensor
-    state.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer.state_dict()["param_groups"]})
+    _fill_moments(state.optimizer)
+    checkpoint.read(folder, state.tensors(), ranks)
+
+
+def _fill_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Gives the optimizer its moments before the first step, to be read into: those of a step without a gradient."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def _described(state: State, teacher: str, data: str, command: str | None, pictures: int) -> Run:
+    best = kept(state.readings)
+    distances = [(reading.step, reading.distance, reading.error) for reading in state.readings]
+    return Run(
+        teacher,
+        state.history,
+        state.step if best is None else best.step,
+        command,
+        data,
+        pictures,
+        state.loss,
+        distances,
+    )
+
+
+def _check_teacher(parts: Parts, teacher: str, settings: Settings) -> None:
+    embedded = parts.unet.config.guidance_dim is not None
+    if embedded and settings.objective != "lcf":
+        raise CheckpointError(
+            f"{teacher} is already a latent consistency model",
+            hint="distil from an ordinary model; or tune this one on pictures, with --objective lcf",
+        )
 
 
 def _check_output(output: Path, resume: bool) -> None:
@@ -332,4 +380,4 @@ def _check_output(output: Path, resume: bool) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{output} cannot be made: {error.strerror}") from error
+        raise OutputError(f"{output} cannot be made: {error.strerror}") from error

@@ -7,10 +7,12 @@ largest model here (channels to 1280, 10 transformer blocks a layer, 2.6e9 param
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from calotype.errors import CheckpointError
 from calotype.nn.clip import CLIPTextConfig
+from calotype.nn.clip_vision import CLIPVisionConfig
 from calotype.nn.tiny_vae import TinyVAEConfig
 from calotype.nn.unet import Depths, UNetConfig
 from calotype.nn.vae import VAEConfig
@@ -275,7 +277,7 @@ def tiny_vae_config(raw: Mapping[str, Any], where: str = "config.json") -> TinyV
     )
 
 
-# ---- text ----
+# ---- CLIP ----
 
 TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")
 
@@ -292,10 +294,7 @@ def text_config(raw: Mapping[str, Any], where: str = "config.json") -> CLIPTextC
             raise CheckpointError(f"{where}: a CLIPModel needs text_config")
         raw = nested
     fields = Fields(raw, where)
-    width = fields.integer("hidden_size", 512, 1, MAX_WIDTH)
-    heads = fields.integer("num_attention_heads", 8, 1, 1024)
-    if width % heads:
-        raise fields.refuse("num_attention_heads", f"it must divide hidden_size {width}")
+    width, heads = _heads(fields, 512, 8)
     projection = fields.integer("projection_dim", 512, 1, MAX_WIDTH) if kind == "CLIPTextModelWithProjection" else None
     config = CLIPTextConfig(
         vocab_size=fields.integer("vocab_size", 49408, 1, 1_000_000),
@@ -313,3 +312,43 @@ def text_config(raw: Mapping[str, Any], where: str = "config.json") -> CLIPTextC
     if parameters > MAX_PARAMETERS:
         raise fields.refuse("hidden_size", f"that makes {parameters:.0e} parameters; the limit is {MAX_PARAMETERS:.0e}")
     return config
+
+
+def clip_config(raw: Mapping[str, Any], where: str = "config.json") -> tuple[CLIPTextConfig, CLIPVisionConfig]:
+    """The configs of a whole CLIPModel's two halves, for texts and for pictures. Raises CheckpointError."""
+    check_class(raw, ("CLIPModel",), where)
+    vision = raw.get("vision_config")
+    if not isinstance(vision, dict):
+        raise CheckpointError(f"{where}: a CLIPModel needs vision_config")
+    projection = Fields(raw, where).integer("projection_dim", 512, 1, MAX_WIDTH)  # the halves' own ones do not count
+    return replace(text_config(raw, where), projection_dim=projection), _vision_config(Fields(vision, where))
+
+
+def _vision_config(fields: Fields) -> CLIPVisionConfig:
+    width, heads = _heads(fields, 768, 12)
+    patch = fields.integer("patch_size", 32, 1, MAX_SIDE)
+    config = CLIPVisionConfig(
+        width=width,
+        intermediate=fields.integer("intermediate_size", 3072, 1, 4 * MAX_WIDTH),
+        layers=fields.integer("num_hidden_layers", 12, 1, 128),
+        heads=heads,
+        channels=fields.integer("num_channels", 3, 3, 3),
+        size=fields.integer("image_size", 224, patch, MAX_SIDE),
+        patch=patch,
+        activation=fields.one_of("hidden_act", "quick_gelu", ("quick_gelu", "gelu")),
+        eps=fields.number("layer_norm_eps", 1e-5, 1e-12, 1.0),
+    )
+    places = config.patches + 3.0 * patch**2
+    parameters = (config.layers * (4.0 * width + 2.0 * config.intermediate) + places) * width
+    if parameters > MAX_PARAMETERS:
+        raise fields.refuse("hidden_size", f"that makes {parameters:.0e} parameters; the limit is {MAX_PARAMETERS:.0e}")
+    return config
+
+
+def _heads(fields: Fields, width: int, heads: int) -> tuple[int, int]:
+    """The width of a transformer and its number of heads; `width` and `heads` are what an absent field means."""
+    width = fields.integer("hidden_size", width, 1, MAX_WIDTH)
+    heads = fields.integer("num_attention_heads", heads, 1, 1024)
+    if width % heads:
+        raise fields.refuse("num_attention_heads", f"it must divide hidden_size {width}")
+    return width, heads

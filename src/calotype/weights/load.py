@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from calotype.errors import CheckpointError
 from calotype.families import CUSTOM, Family, family_of
 from calotype.nn.clip import CLIPText
+from calotype.nn.clip_vision import CLIP
 from calotype.nn.tiny_vae import AutoencoderTiny
 from calotype.nn.unet import UNet
 from calotype.nn.vae import AutoencoderKL
@@ -61,6 +62,15 @@ def load_text_encoder(
 ) -> CLIPText:
     """The CLIP text encoder of a folder with config.json and weights. Raises CheckpointError."""
     return _load(text_encoder_on_meta(folder), "text_encoder", folder, variant, device, dtype)
+
+
+def load_clip(folder: Path, *, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> CLIP:
+    """A whole CLIP of a folder with config.json and weights, as transformers' CLIPModel. Raises CheckpointError."""
+    path = folder / "config.json"
+    text, vision = configs.clip_config(read_json(path), str(path))
+    with on_meta():
+        network = CLIP(text, vision)
+    return _load(network, "clip", folder, None, device, dtype)
 
 
 def load_parts(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-Kind = Literal["unet", "vae", "text_encoder"]
+Kind = Literal["unet", "vae", "text_encoder", "clip"]  # "clip": a whole CLIP, which is no part of a pipeline
 # A model's networks, by the names of their folders.
 KINDS: dict[str, Kind] = {
     "unet": "unet",
@@ -23,6 +23,7 @@ IGNORABLE: dict[Kind, re.Pattern[str]] = {
         r"|logit_scale|vision_model\..*|visual_projection\..*"  # the other half of a whole CLIP
         r"|model_ema\..*"
     ),
+    "clip": re.compile(r"(.*\.)?position_ids"),
 }
 
 # The VAE's attention before diffusers 0.15, as LDM's and later as an "AttentionBlock".
