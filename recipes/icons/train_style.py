@@ -13,11 +13,15 @@ from pathlib import Path
 
 import torch
 
-from calotype.training.data import Dataset, prepare
-from calotype.training.export import export_lora
+from calotype.lora import LowRank
+from calotype.lora.formats import DEFAULT_FILE
+from calotype.training.dataset import Dataset, prepare
+from calotype.training.settings import Settings
+from calotype.training.sources import open_source
 from calotype.training.students import LoraStudent
-from calotype.training.trainer import Settings, make_batch
+from calotype.training.trainer import make_batch
 from calotype.weights.load import load_parts
+from calotype.weights.write import Pending, write_safetensors
 
 BASE = Path(__file__).parent / "base"
 
@@ -34,9 +38,6 @@ def main() -> None:
     options = parser.parse_args()
 
     parts = load_parts(options.base)
-    size = parts.defaults.width
-    *_, dataset = prepare(parts, options.data, size, options.out / "cache")
-    assert isinstance(dataset, Dataset)
     student = LoraStudent(parts, options.rank)
     optimizer = torch.optim.AdamW(student.parameters, lr=options.rate, weight_decay=0)
     # Every timestep is a "solver step" here, and each batch a pure function of the seed and the step.
@@ -46,9 +47,15 @@ def main() -> None:
         learning_rate=options.rate,
         lr_scheduler="cosine",
         num_ddim_timesteps=parts.schedule.T,
+        validation_steps=0,
+        validation_samples=0,
     )
+    cache = options.out / "cache"
+    *_, dataset = prepare(parts, open_source(options.data, cache), settings, cache)
+    assert isinstance(dataset, Dataset)
     for step in range(options.steps):
-        batch = make_batch(dataset, parts.schedule, settings, step, size, torch.device("cpu"))
+        samples = dataset.samples(settings.seed, step, options.batch)
+        batch = make_batch(samples, settings, step * options.batch, student.parameters[0])
         x = parts.schedule.add_noise(batch.x0, batch.noise, batch.index)
         wanted = parts.schedule.to_output(x, batch.x0, batch.index)
         loss = (student.network(x, batch.index, batch.conditioning) - wanted).square().mean()
@@ -59,8 +66,13 @@ def main() -> None:
         optimizer.step()
         if (step + 1) % 20 == 0:
             print(f"{step + 1} of {options.steps}: loss {loss.item():.4f}", flush=True)
-    told = {name: getattr(options, name) for name in ("steps", "batch", "rank", "rate")}
-    print(export_lora(student.lora, options.out, [{"data": options.data.name, **told}]))
+    tensors = {}
+    for parameter, delta in student.outcome().deltas["unet"].items():
+        assert isinstance(delta, LowRank)
+        for name, factor in (("lora_A", delta.down), ("lora_B", delta.up)):
+            tensors[f"unet.{parameter.removesuffix('.weight')}.{name}.weight"] = Pending.of(factor.detach(), torch.half)
+    write_safetensors(options.out / DEFAULT_FILE, tensors, {})  # without an alpha, which is the rank then
+    print(options.out / DEFAULT_FILE)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import calotype
 from calotype.errors import CalotypeError, CalotypeWarning, CheckpointError, UsageError
@@ -176,6 +178,7 @@ def test_the_loss_falls(tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None
         ({"objective": "pcm", "phases": 5, "sampler": "lcm"}, "sampler is 'lcm': must be one of ddim"),
         ({"loss_type": "l1"}, "loss_type is 'l1'"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
+        ({"dtype": "float8"}, "dtype is 'float8': must be one of float16, bfloat16, float32"),
         ({"validation_samples": 2}, "validation_samples is 2"),
         ({"patience": -1}, "patience is -1"),
         ({"samples": 0}, "samples is 0"),
@@ -310,6 +313,34 @@ def test_recomputed_activations_give_the_same_gradients(tiny_sd15: Path) -> None
         torch.testing.assert_close(anew, stored)
 
 
+def test_an_optimizer_that_is_not_installed(tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None:
+    assert find_spec("bitsandbytes") is None
+    with pytest.raises(UsageError, match="adamw8bit needs bitsandbytes, which is not installed"):
+        run(tiny_sd15, pictures, tmp_path / "o", max_train_steps=1, optimizer="adamw8bit")
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_bfloat16_trains_near_float32(lora: bool, tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None:
+    losses = []
+    for precision in ("no", "bf16"):
+        settings = {"mixed_precision": precision, "lora": lora, "lora_rank": 4, "max_train_steps": 2}
+        steps = run(tiny_sd15, pictures, tmp_path / precision, **settings)
+        losses.append([step.loss for step in steps if step.stage == "train"])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_compiled_networks_train_alike(lora: bool, tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None:
+    losses = []
+    for compiled in (False, True):
+        settings = {"compile": compiled, "lora": lora, "lora_rank": 4, "max_train_steps": 2}
+        steps = run(tiny_sd15, pictures, tmp_path / str(compiled), **settings)
+        losses.append([step.loss for step in steps if step.stage == "train"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 # ---- trust ----
 
 VALIDATED: dict[str, Any] = {"validation_steps": 2, "validation_samples": 3, "teacher_steps": 2}
@@ -326,10 +357,21 @@ def test_held_out_captions_are_drawn_and_the_readings_kept(tiny_sd15: Path, pict
     for name in ("contact-sheet.png", "validation/step-00000002.png", "validation/step-00000004.png"):
         with Image.open(out / name) as picture:
             assert picture.width > 64
+    events = EventAccumulator(str(out / "logs"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert [event.value for event in events.Scalars("distance")] == pytest.approx([each.distance for each in readings])
     before = (out / "validation" / "teacher.safetensors").stat().st_mtime_ns
     assert run(tiny_sd15, pictures, out, max_train_steps=4, **VALIDATED, lora=True, lora_rank=4, resume=True)
     assert (out / "validation" / "teacher.safetensors").stat().st_mtime_ns == before
     assert str(readings[0].step) in (out / "README.md").read_text()
+
+
+def test_too_few_captions_to_validate_with(tiny_sd15: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a fox\na cat\n")
+    with pytest.warns(CalotypeWarning, match="2 captions are too few to validate with"):
+        steps = run(tiny_sd15, tmp_path / "prompts.txt", tmp_path / "o", max_train_steps=1, **VALIDATED, lora=True)
+    assert steps[-1].stage == "done"
 
 
 def test_which_reading_is_kept() -> None:

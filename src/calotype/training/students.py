@@ -168,8 +168,8 @@ class Mode:
     """Which network an adapted one is just now."""
 
     OFF = "off"  # what it was
-    ON = "on"  # with the adapter beside its layers: gradients reach the factors
-    MERGED = "merged"  # the same without gradients, by whichever way is shorter
+    ON = "on"  # with the adapter: gradients reach the factors
+    MERGED = "merged"  # the same without gradients
 
 
 class Adapted(nn.Module):
@@ -227,7 +227,7 @@ class AdaptedLayer(nn.Module):
         (layer,), mode = self._layer, self._mode()
         if mode == Mode.OFF:
             return self._plain(x)
-        if mode == Mode.MERGED and self._is_shorter_merged(x):
+        if self._is_shorter_merged(x, gradients=mode == Mode.ON and torch.is_grad_enabled()):
             weight = layer.weight + (self.up.flatten(1) @ self.down.flatten(1)).view_as(layer.weight)
             if isinstance(layer, nn.Linear):
                 return F.linear(x, weight, layer.bias)
@@ -236,10 +236,12 @@ class AdaptedLayer(nn.Module):
             return self._plain(x) + F.linear(F.linear(x, self.down), self.up)
         return self._plain(x) + F.conv2d(F.conv2d(x, self.down, None, layer.stride, layer.padding), self.up)
 
-    def _is_shorter_merged(self, x: Tensor) -> bool:
+    def _is_shorter_merged(self, x: Tensor, gradients: bool) -> bool:
         """Whether up @ down, added to the weight, takes fewer multiplications than passing x through the factors.
 
-        Never in bfloat16, where a small change would be rounded away in the sum.
+        With gradients that costs the whole weight's gradient as well, of which the factors' follow, but spares three
+        passes through them: it pays where the rank is large beside the layer's width. Never in bfloat16, where a small
+        change would be rounded away in the sum.
         """
         layer = self._layer[0]
         if layer.weight.dtype == torch.bfloat16 or torch.is_autocast_enabled(x.device.type):
@@ -247,7 +249,9 @@ class AdaptedLayer(nn.Module):
         places = x.numel() // x.shape[-1] if isinstance(layer, nn.Linear) else x.numel() // x.shape[1]
         if isinstance(layer, nn.Conv2d):
             places //= layer.stride[0] * layer.stride[1]
-        ins, out = self.down[0].numel(), len(self.up)
+        rank, ins, out = len(self.down), self.down[0].numel(), len(self.up)
+        if gradients:
+            return ins * out * (places + 3 * rank) < 3 * rank * places * (ins + out)
         return ins * out < places * (ins + out)
 
 

@@ -39,6 +39,7 @@ FREE = (
     *("max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_samples"),
     *("patience", "sampler", "gradient_checkpointing", "compile", "fsdp"),
 )
+FEWEST = 3  # captions that a distance can be had of
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 FIXED = ("objective", "lora", "lora_rank")  # these may not
 
@@ -53,6 +54,11 @@ class State:
     step: int = 0
     loss: float | None = None  # of the newest step
     readings: list[Reading] = field(default_factory=list)
+
+    def chosen(self) -> Reading | None:
+        """The reading whose weights are the result; None where the last step was not validated, which is it then."""
+        validated = bool(self.readings) and self.readings[-1].step == self.step
+        return kept(self.readings) if validated else None
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it that is a tensor, by name, in place."""
@@ -192,6 +198,11 @@ def _run(
     validation, last, told = None, state.step >= settings.max_train_steps, False
     if settings.validation_steps and settings.objective != "lcf":  # which has no teacher to compare with
         validation = Validation(parts, state.student, dataset.held_out, settings, output, ranks)
+        if len(validation.prompts) < FEWEST:
+            if ranks.first:
+                message = f"{len(validation.prompts)} captions are too few to validate with: nothing is held out"
+                warnings.warn(message, CalotypeWarning, stacklevel=2)
+            validation = None
     with Log(output, state.step, ranks) as log:
         if validation is not None:
             for count in validation.start():
@@ -216,7 +227,7 @@ def _run(
                 yield TrainStep("save", report.step, settings.max_train_steps)
             if told or is_hopeless(state.readings, settings.patience):
                 break
-    best = kept(state.readings)
+    best = state.chosen()
     if best is not None and best.step != state.step and (last or not told):
         message = f"the weights of step {best.step} are kept: held-out pictures were measurably worse after it"
         if ranks.first:
@@ -351,7 +362,7 @@ def _fill_moments(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _described(state: State, teacher: str, data: str, command: str | None, pictures: int) -> Run:
-    best = kept(state.readings)
+    best = state.chosen()
     distances = [(reading.step, reading.distance, reading.error) for reading in state.readings]
     return Run(
         teacher,

@@ -24,6 +24,7 @@ from calotype.images import grid, to_pil
 from calotype.nn.unet import Conditioning, Residuals, UNetConfig
 from calotype.parts import Parts
 from calotype.sampling import grid_for
+from calotype.schedule import NoiseSchedule
 from calotype.training.distance import kid
 from calotype.training.draw import draw
 from calotype.training.features import features, load_features
@@ -161,7 +162,7 @@ class _Drawing:
     """A model to draw with: `parts` whose U-Net is a network in training."""
 
     def __init__(
-        self, parts: Parts, network: Network, config: UNetConfig, schedule: object, settings: Settings
+        self, parts: Parts, network: Network, config: UNetConfig, schedule: NoiseSchedule, settings: Settings
     ) -> None:
         like = next(parts.unet.parameters())
         unet = _Network(network, config, like.device, settings.mixed_precision == "bf16")

@@ -1,0 +1,57 @@
+"""Draws scenes of icons, each with captions, into a folder that `calotype distill` reads.
+
+    python recipes/icons/compose.py DATA OUT [--copies 2]
+
+DATA is what draw.py leaves. The scenes and captions are those that the base model is trained on (scenes.py), so that it
+is distilled on what it knows. A run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from resumable import rng
+from scenes import caption, held_out_pairs, read_icons, read_names, render, told_scene, translated, weight
+
+from calotype.images import to_pil
+from calotype.weights.write import replacing
+
+CAPTIONS = 4  # of a picture: a visit takes one of them
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--copies", type=int, default=1, help="scenes of an icon; where the mix has less of it, fewer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, help="read that many icons, for a quick try")
+    options = parser.parse_args()
+    started = time.monotonic()
+    icons, names = read_icons(options.data, options.limit), read_names(options.data)
+    pairs = held_out_pairs(icons.rows)
+    options.out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for copy in range(options.copies):
+        for i, row in enumerate(icons.rows):
+            dice = rng(options.seed, copy * len(icons) + i)
+            if row["id"] in pairs or dice.random() >= weight(row):
+                continue
+            scene = told_scene(icons, i, int(dice.integers(len(icons))), dice)
+            texts = [caption(icons, scene, dice) for _ in range(CAPTIONS)]
+            if names.get(row["hex"] or "") and scene.plain:
+                texts.append(translated(names[row["hex"]], dice))
+            path = options.out / f"{row['id']:05d}-{copy}.webp"
+            if not path.is_file():
+                with replacing(path) as temporary:
+                    to_pil(render(icons, [scene]))[0].save(temporary, "WEBP", lossless=True)
+            lines.append(json.dumps({"file_name": path.name, "text": texts}, ensure_ascii=False))
+    (options.out / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{len(lines)} pictures in {options.out}; {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

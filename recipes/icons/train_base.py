@@ -1,0 +1,305 @@
+"""Trains the base model: a text encoder and a U-Net that draw icons from their captions, from nothing.
+
+    python recipes/icons/train_base.py DATA AUTOENCODER OUT [--steps 20000] [--batch 64]
+
+DATA is what draw.py leaves, AUTOENCODER what train_autoencoder.py leaves. OUT becomes the base model in the diffusers
+layout. The run can be stopped at any moment; the same command goes on with it.
+
+Pictures are encoded as they are drawn, not once and for all: no two steps see the same one (mirrored, in another hue,
+on a colour, in pairs), and the encoder costs a fifth of a step. 200 pairs of a concept and a style are never shown,
+though each of both is: the held-out loss, and the place to look whether the two were learnt apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from folders import write_json, write_part
+from resumable import Average, Run, finite, pick_device, rate, rng
+from scenes import (
+    SIZE,
+    Icons,
+    Names,
+    Scene,
+    caption,
+    held_out_pairs,
+    read_icons,
+    read_names,
+    render,
+    told_scene,
+    translated,
+    weight,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from words import LENGTH, build_tokenizer
+
+from calotype.nn.clip import CLIPText, CLIPTextConfig
+from calotype.nn.unet import Conditioning, UNet
+from calotype.nn.vae import AutoencoderKL
+from calotype.schedule import NoiseSchedule
+from calotype.text.prompt import chunk
+from calotype.text.tokenizer import Tokenizer
+from calotype.weights.configs import unet_config
+from calotype.weights.load import load_vae
+
+BASE = Path(__file__).parent / "base"  # whose configs are taken: the U-Net's shape and the noise levels
+GAMMA = 5.0  # of min-SNR weighting (Hang et al. 2023, arXiv 2303.09556, Equation 8)
+FOREIGN = 0.15  # share of captions in another language, where there is one
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("autoencoder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--unet", type=Path, default=BASE / "unet" / "config.json", help="a U-Net's config.json")
+    parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="epsilon")
+    parser.add_argument("--vocabulary", type=int, default=8000)
+    parser.add_argument("--width", type=int, default=256, help="of the text encoder: what the U-Net's config says")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=20000, help="may be another when a run goes on")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=6e-4)
+    parser.add_argument("--decay", type=float, default=0.999, help="of the moving average")
+    parser.add_argument("--fall", type=float, default=0.3, help="the rate falls in the last share of the steps")
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, help="read that many icons, for a quick try")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that choose scenes and captions: 8 beside a GPU"
+    )
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16")
+    parser.add_argument("--compile", action="store_true", help="worth it on a GPU")
+    options = parser.parse_args()
+    train(options)
+
+
+# ---- what is shown ----
+
+
+class Steps(Dataset[tuple[list[Scene], Tensor]]):
+    """The scenes and the token ids (B, L) of a step: a pure function of its number, so that a run can be resumed."""
+
+    def __init__(
+        self, icons: Icons, shown: Sequence[int], tokenizer: Tokenizer, names: Names, batch: int, seed: int
+    ) -> None:
+        self.icons, self.shown, self.tokenizer, self.names = icons, np.array(shown), tokenizer, names
+        self.batch, self.seed = batch, seed
+        weights = np.cumsum([weight(icons.rows[i]) for i in shown])
+        self.shares = weights / weights[-1]
+
+    def __getitem__(self, step: int) -> tuple[list[Scene], Tensor]:
+        dice = rng(self.seed, step)
+        drawn = self.shown[np.searchsorted(self.shares, dice.random((self.batch, 2)), side="right")].tolist()
+        scenes = [told_scene(self.icons, first, second, dice) for first, second in drawn]
+        texts = [self.text(scene, dice) for scene in scenes]
+        return scenes, tokens(self.tokenizer, texts)
+
+    def text(self, scene: Scene, dice: np.random.Generator) -> str:
+        names = self.names.get(self.icons.rows[scene.icons[0]]["hex"] or "")
+        if names and scene.plain and dice.random() < FOREIGN:
+            return translated(names, dice)
+        return caption(self.icons, scene, dice)
+
+
+def tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """Token ids (B, L); what is too long is cut."""
+    return torch.tensor([chunk(tokenizer, text)[0].ids for text in texts])
+
+
+def vocabulary(icons: Icons, names: Names) -> Iterator[str]:
+    """All that captions are made of, as often as it is on the list: what the tokenizer learns from."""
+    dice = rng(0, 0)
+    for i, row in enumerate(icons.rows):
+        yield from (caption(icons, Scene((i,)), dice) for _ in range(3))
+        for words in names.get(row["hex"] or "", {}).values():
+            yield " ".join(words).lower()
+
+
+# ---- what is trained ----
+
+
+class Model(nn.Module):
+    """Both networks: what is averaged, saved and, in one call, run."""
+
+    def __init__(self, text: CLIPText, unet: UNet) -> None:
+        super().__init__()
+        self.text, self.unet = text, unet
+
+    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        return self.unet(x, t, Conditioning(self.text(ids).last))
+
+
+def new_model(options: argparse.Namespace, tokenizer: Tokenizer) -> Model:
+    config = unet_config(json.loads(options.unet.read_text()), str(options.unet))
+    if config.context_dim != options.width:
+        raise SystemExit(f"--width is {options.width}, and {options.unet} reads text features of {config.context_dim}")
+    text = CLIPText(
+        CLIPTextConfig(
+            vocab_size=tokenizer.size, width=options.width, intermediate=4 * options.width, layers=options.layers,
+            heads=options.width // 64, positions=LENGTH, eos_token_id=tokenizer.eos,
+        )
+    )  # fmt: skip
+    embeddings = text.text_model.embeddings
+    for table in (embeddings.token_embedding, embeddings.position_embedding):
+        nn.init.normal_(table.weight, std=0.02)
+    unet = UNet(config)
+    nn.init.zeros_(unet.conv_out.weight)  # it begins with the best guess that looks at nothing
+    return Model(text, unet)
+
+
+def loss_of(model: nn.Module, schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+    """The weighted error of each picture (B,)."""
+    x = schedule.add_noise(x0, noise, t)
+    error = (model(x, t, ids).float() - schedule.to_output(x, x0, t)).square().flatten(1).mean(dim=1)
+    alpha, sigma = schedule.at(t, t)
+    snr = (alpha / sigma).square()
+    return error * snr.clamp(max=GAMMA) / (snr if schedule.prediction == "epsilon" else snr + 1)
+
+
+def train(options: argparse.Namespace) -> None:
+    device = pick_device(options.device)
+    torch.manual_seed(options.seed)
+    started = time.monotonic()
+    icons, names = read_icons(options.data, options.limit), read_names(options.data)
+    vae = load_vae(options.autoencoder, device=device).requires_grad_(False).eval()
+    assert isinstance(vae, AutoencoderKL)
+    tokenizer = tokenizer_of(options, icons, names)
+    pairs = held_out_pairs(icons.rows)
+    shown = [i for i, row in enumerate(icons.rows) if row["id"] not in pairs]
+    judged = [i for i, row in enumerate(icons.rows) if row["id"] in pairs]
+    told = {"prediction_type": options.prediction}
+    scheduler = json.loads((BASE / "scheduler" / "scheduler_config.json").read_text()) | told
+    schedule = NoiseSchedule.from_config(scheduler).to(device)
+    found = (
+        f"{len(shown)} icons, {len(judged)} held out, {tokenizer.size} tokens, {len(names)} emoji in other languages"
+    )
+    print(f"{found}; read in {time.monotonic() - started:.0f} s", flush=True)
+
+    model = new_model(options, tokenizer).to(device)
+    average = Average(model, options.decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, weight_decay=0.01, betas=(0.9, 0.99))
+    kept = ("prediction", "vocabulary", "width", "layers", "batch", "rate", "decay", "fall", "seed")
+    settings = {name: getattr(options, name) for name in kept}
+    run = Run(options.out, settings, {"model": model, "average": average, "optimizer": optimizer})
+    forward: nn.Module = torch.compile(model) if options.compile else model  # type: ignore[assignment]
+    encode = torch.compile(vae.encode) if options.compile else vae.encode
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=not options.float32)
+    steps = Steps(icons, shown, tokenizer, names, options.batch, options.seed)
+    numbers = range(run.step, options.steps)
+    loader = DataLoader(steps, sampler=numbers, batch_size=None, num_workers=options.workers)
+    loss_sum = torch.zeros((), device=device)
+    since, began = run.step, time.monotonic()
+    for scenes, ids in loader:
+        with torch.no_grad(), autocast:
+            mean, _ = encode(render(icons, scenes, device))
+        x0 = (mean.float() - vae.config.shift_factor) * vae.config.scaling_factor
+        noise, t = chances(x0, options.seed, run.step, schedule.T)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(run.step, options.steps, options.rate, options.fall, warm=500)
+        with autocast:
+            loss = loss_of(forward, schedule, x0, noise, t, ids.to(device)).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update(model, run.step)
+        run.step += 1
+        loss_sum += loss.detach()  # not .item(): a GPU need not wait at every step
+        if run.step % options.save_every == 0 or run.step == options.steps:
+            mean_loss = finite(loss_sum / (run.step - since), run.step)
+            speed = options.batch * (run.step - since) / (time.monotonic() - began)
+            run.save()
+            run.log(loss=mean_loss, held_out=judge(average, vae, schedule, icons, judged, tokenizer), per_second=speed)
+            loss_sum, since, began = torch.zeros((), device=device), run.step, time.monotonic()
+    network: Any = average.network
+    export(network, scheduler, options, {**settings, "steps": run.step, "seconds": round(run.elapsed)})
+    write_json(options.out / "held_out.json", [icons.rows[i] for i in judged])
+    print(f"{options.out}: {run.step} steps of {options.batch}; {run.elapsed:.0f} s")
+
+
+def chances(x0: Tensor, seed: int, step: int, T: int) -> tuple[Tensor, Tensor]:
+    """Noise like x0 and timesteps (B,). These are spread evenly over the batch: the loss of a step varies less."""
+    generator = torch.Generator().manual_seed((seed << 32) + step)
+    noise = torch.randn(x0.shape, generator=generator)
+    places = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)
+    return noise.to(x0.device), (places * T).long().clamp(max=T - 1).to(x0.device)
+
+
+@torch.no_grad()
+def judge(
+    average: Average,
+    vae: AutoencoderKL,
+    schedule: NoiseSchedule,
+    icons: Icons,
+    judged: Sequence[int],
+    tokenizer: Tokenizer,
+) -> float:
+    """The average's loss on the pairs that it never saw, each by its caption and style; always under the same noise."""
+    device = next(average.parameters()).device
+    losses = []
+    for number, start in enumerate(range(0, len(judged), 50)):
+        rows = judged[start : start + 50]
+        scenes = [Scene((i,)) for i in rows]
+        texts = [f"{icons.rows[i]['caption']}, {icons.rows[i]['style']} style".lower() for i in rows]
+        x0 = vae.encode(render(icons, scenes, device))[0] * vae.config.scaling_factor
+        noise, t = chances(x0, 1, number, schedule.T)
+        losses.append(loss_of(average.network, schedule, x0, noise, t, tokens(tokenizer, texts).to(device)))
+    return torch.cat(losses).mean().item() if losses else float("nan")
+
+
+def tokenizer_of(options: argparse.Namespace, icons: Icons, names: Names) -> Tokenizer:
+    """The run's own, or a new one where it begins."""
+    folder = options.out / "tokenizer"
+    if (folder / "tokenizer_config.json").is_file():
+        return Tokenizer.load(folder)
+    return build_tokenizer(vocabulary(icons, names), options.vocabulary, folder)
+
+
+# ---- what is written ----
+
+
+def export(model: Model, scheduler: dict[str, Any], options: argparse.Namespace, told: dict[str, Any]) -> None:
+    """A model folder; model_index.json comes last, so that one that has it is complete."""
+    out, text = options.out, model.text.config
+    write_part(out / "unet", "diffusion_pytorch_model", model.unet.state_dict(), json.loads(options.unet.read_text()))
+    content = {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.width,
+        "intermediate_size": text.intermediate,
+        "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads,
+        "max_position_embeddings": text.positions,
+        "hidden_act": text.activation,
+        "layer_norm_eps": text.eps,
+        "projection_dim": text.width,
+        "bos_token_id": text.vocab_size - 2,
+        "eos_token_id": text.eos_token_id,
+        "pad_token_id": text.eos_token_id,
+    }
+    write_part(out / "text_encoder", "model", model.text.state_dict(), content)
+    if options.autoencoder.resolve() != (out / "vae").resolve():
+        (out / "vae").mkdir(exist_ok=True)
+        for file in (*options.autoencoder.glob("*.safetensors*"), *options.autoencoder.glob("*.json")):
+            shutil.copyfile(file, out / "vae" / file.name)
+    (out / "scheduler").mkdir(exist_ok=True)
+    write_json(out / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(out / "calotype.json", {"steps": 25, "guidance": 5.0, "width": SIZE, "height": SIZE})
+    write_json(out / "training.json", told)  # how it was made
+    shutil.copyfile(BASE / "model_index.json", out / "model_index.json")
+
+
+if __name__ == "__main__":
+    main()
