@@ -47,7 +47,10 @@ def check(path: Path) -> None:
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("most", [checkpoint.FILE, 100])
+def test_what_is_written_is_read(most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one file, or in several."""
+    monkeypatch.setattr(checkpoint, "FILE", most)
     assert checkpoint.newest(tmp_path) is None
     for step in (3, 20):
         write(tmp_path, step)
@@ -55,6 +58,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert path is not None
     assert path.name == "step-00000020"
     check(path)
+    assert len(list(path.glob("*.safetensors"))) == (1 if most > 100 else 2)
     assert not any(file.suffix in (".pt", ".pkl", ".distcp", ".metadata") for file in path.iterdir())
 
 

@@ -28,6 +28,7 @@ from calotype.errors import CalotypeWarning, CheckpointError, OutputError
 from calotype.training.ranks import Ranks
 
 STATE, MANIFEST = "state.json", "manifest.json"
+FILE = 64 << 20  # bytes, about
 NAME = re.compile(r"step-(\d{8})")
 
 
@@ -45,7 +46,7 @@ def write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping
     problem = ranks.said_by_first(problem)
     if problem is None:
         try:
-            writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+            writer = HuggingFaceStorageWriter(str(temporary), _files(tensors), save_distributed=True)
             with _alone(ranks):
                 save(dict(tensors), storage_writer=writer, no_dist=ranks.world == 1)
             if ranks.first:
@@ -112,6 +113,15 @@ def prune(folder: Path, limit: int, kept: int | None) -> None:
     for path in checkpoints(folder)[:-limit]:
         if step_of(path) != kept:
             shutil.rmtree(path)
+
+
+def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Which file each tensor goes to, from 1: torch holds twice a file's tensors in memory while it writes it."""
+    found, size = {}, 0
+    for name, tensor in tensors.items():
+        size += tensor.numel() * tensor.element_size()
+        found[name] = 1 + size // FILE
+    return found
 
 
 @contextmanager
