@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+
+import calotype
 
 SCRIPT = Path(__file__).with_name("run_ranks.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
@@ -109,6 +112,34 @@ def test_what_one_saved_two_load_bit_for_bit(tiny_sd15: Path, tmp_path: Path) ->
     for name, cut in (("two", ()), ("cut", ("--fsdp",))):
         _, found = run(2, tiny_sd15, tmp_path / f"{name}.json", "--steps", "3", "--load", folder, *cut)
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_the_command_in_two_processes_and_then_in_one(tiny_sd15: Path, tmp_path: Path) -> None:
+    """All of it: encoding, held-out pictures, checkpoints, export; cut up by FSDP2, and resumed by a process alone."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    for i, colour in enumerate(("red", "blue", "green", "black", "white")):
+        Image.new("RGB", (64 + 8 * i, 64), colour).save(data / f"{i}.png")
+        (data / f"{i}.txt").write_text(f"a {colour} square")
+    options = "--train-batch-size 2 --resolution 64 --validation-steps 2 --validation-samples 4 --teacher-steps 2"
+    command = ["-m", "calotype", "distill", str(tiny_sd15), str(data), "-o", str(out), "--device", "cpu"]
+    command += options.split()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+
+    def call(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"{out}\n"  # once, from the first process
+        return done.stderr
+
+    assert call(*TORCHRUN, *command, "--fsdp", "--max-train-steps", "4").count("held-out distance") == 2
+    told = call(*command, "--max-train-steps", "6", "--resume", "--quiet")
+    assert "from step 4 on the settings differ from the run's so far: processes 2 -> 1" in told
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines() if "grad_norm" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert calotype.load(out)("a fox", seed=0).image.size == (64, 64)
 
 
 def test_a_killed_process_ends_the_other(tiny_sd15: Path, tmp_path: Path) -> None:

@@ -191,7 +191,12 @@ class _Network(nn.Module):
     ) -> Tensor:
         if self.masked is not None:
             x = torch.cat([x, self.masked.expand(len(x), -1, -1, -1)], dim=1)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self._bf16):
+        # What a network that is cut up gathers while it draws, it uses in training again: no inference tensors, then.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(x.device.type, torch.bfloat16, enabled=self._bf16),
+        ):
             return self._network[0](x, t, conditioning).float()
 
 
