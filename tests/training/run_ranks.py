@@ -62,7 +62,8 @@ def main() -> None:
         train_batch_size=options.batch,
         gradient_accumulation_steps=options.accumulate,
         max_train_steps=options.steps,
-        learning_rate=1e-3,
+        # In float32 the rounding of a first step would soon be the loss of another, at a rate that moves much.
+        learning_rate=1e-5 if options.float32 else 1e-3,
         lr_warmup_steps=1,
     )
     with joined("cpu") as ranks:

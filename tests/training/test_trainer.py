@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partialmethod
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -331,8 +332,13 @@ def test_bfloat16_trains_near_float32(lora: bool, tiny_sd15: Path, pictures: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("lora", [False, True])
-def test_compiled_networks_train_alike(lora: bool, tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None:
+def test_compiled_networks_train_alike(
+    lora: bool, tiny_sd15: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced, with an adapter that is switched on and off; not turned into machine code, which takes minutes."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
     losses = []
     for compiled in (False, True):
         settings = {"compile": compiled, "lora": lora, "lora_rank": 4, "max_train_steps": 2}
