@@ -114,13 +114,14 @@ def distill(
         if ranks.first:
             _check_output(output, resume)
         ranks.barrier()
-        source = open_source(Path(data), Path(cache or output / "cache"))
+        encoded = output / "cache" if cache is None else Path(cache)
+        source = open_source(Path(data), encoded)
         parts = load_parts(str(teacher), offline=offline, device=ranks.device)
         _check_teacher(parts, str(teacher), chosen)
         chosen = replace(chosen, resolution=chosen.resolution or parts.defaults.width)
 
         dataset: Dataset | None = None
-        for progress in prepare(parts, source, chosen, Path(cache or output / "cache"), ranks):
+        for progress in prepare(parts, source, chosen, encoded, ranks):
             if isinstance(progress, Dataset):
                 dataset = progress
             else:

@@ -105,7 +105,7 @@ class Validation:
     def start(self) -> Iterator[int]:
         """Draws the teacher's pictures, unless an earlier start of the run has; yields how many there are so far."""
         file = self._folder / "teacher.safetensors"
-        pictures = self._ranks.said_by_first(_stored(file, "pictures"))
+        pictures = self._ranks.said_by_first(_stored(file).get("pictures"))
         if pictures is None or len(pictures) != len(self.prompts):
             drawn = []
             for piece in self._draw(self._teacher, "ddim", self._settings.teacher_steps, self.guidance):
@@ -115,7 +115,7 @@ class Validation:
             if self._ranks.first:
                 _store(file, {"pictures": pictures})
         self._wanted = features(self._net, pictures)
-        self._shown = {} if not self._ranks.first else load_all(self._folder / "shown.safetensors")
+        self._shown = {} if not self._ranks.first else _stored(self._folder / "shown.safetensors")
         self._shown["teacher"] = _tiles(pictures)
 
     def measure(self, step: int) -> Iterator[int | Reading]:
@@ -219,16 +219,12 @@ def _tiles(pictures: Tensor, count: int = SHOWN) -> Tensor:
     return small.round().to(torch.uint8).contiguous()
 
 
-def load_all(file: Path) -> dict[str, Tensor]:
+def _stored(file: Path) -> dict[str, Tensor]:
     """What `_store` wrote; nothing where there is nothing legible."""
     try:
         return load_file(file)
     except (OSError, SafetensorError):
         return {}
-
-
-def _stored(file: Path, name: str) -> Tensor | None:
-    return load_all(file).get(name)
 
 
 def _store(file: Path, tensors: dict[str, Tensor]) -> None:
