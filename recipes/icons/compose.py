@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from resumable import rng
-from scenes import caption, held_out_pairs, read_icons, read_names, render, told_scene, translated, weight
+from scenes import caption, read_icons, read_names, render, shown_and_held_out, told_scene, translated, weight
 
 from calotype.images import to_pil
 from calotype.weights.write import replacing
@@ -32,15 +32,15 @@ def main() -> None:
     options = parser.parse_args()
     started = time.monotonic()
     icons, names = read_icons(options.data, options.limit), read_names(options.data)
-    pairs = held_out_pairs(icons.rows)
+    shown, _ = shown_and_held_out(icons.rows)
     options.out.mkdir(parents=True, exist_ok=True)
     lines = []
     for copy in range(options.copies):
-        for i, row in enumerate(icons.rows):
-            dice = rng(options.seed, copy * len(icons) + i)
-            if row["id"] in pairs or dice.random() >= weight(row):
+        for i in shown:
+            row, dice = icons.rows[i], rng(options.seed, copy * len(icons) + i)
+            if dice.random() >= weight(row):
                 continue
-            scene = told_scene(icons, i, int(dice.integers(len(icons))), dice)
+            scene = told_scene(icons, i, shown[int(dice.integers(len(shown)))], dice)
             texts = [caption(icons, scene, dice) for _ in range(CAPTIONS)]
             if names.get(row["hex"] or "") and scene.plain:
                 texts.append(translated(names[row["hex"]], dice))

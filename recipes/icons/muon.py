@@ -7,6 +7,7 @@ long as Adam's is of Liu et al. 2025 (arXiv 2502.16982, Equation 4). Convolution
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,18 @@ LEAST = 3  # rows and columns: what a picture's colours are made of; smaller mat
 
 
 class Muon(torch.optim.Optimizer):
+    """Groups of parameters with `"matrix": False` are Adam's whatever their shape: embeddings, of which a step sees few
+    rows, and what stands at a network's very ends.
+    """
+
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         lr: float,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.99),
     ) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "betas": betas})
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "betas": betas, "matrix": True})
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -34,7 +39,7 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["mean"] = torch.zeros_like(parameter)
-                if parameter.ndim > 1 and min(len(parameter), parameter[0].numel()) >= LEAST:
+                if group["matrix"] and parameter.ndim > 1 and min(len(parameter), parameter[0].numel()) >= LEAST:
                     update = self._matrix(parameter.grad, state["mean"], group["momentum"])
                 else:
                     update = self._vector(parameter.grad, state, group["betas"])

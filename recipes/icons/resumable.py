@@ -1,4 +1,4 @@
-"""What every training here shares: seeds, rates, averages, and a run that can be stopped at any moment."""
+"""What every training here shares: seeds, rates, steps, averages, and a run that can be stopped at any moment."""
 
 from __future__ import annotations
 
@@ -85,6 +85,16 @@ class Run:
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(" ".join(f"{name} {value:g}" for name, value in row.items()), flush=True)
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
+    """One step of the optimizer, its gradient at most 1 long."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_([each for group in optimizer.param_groups for each in group["params"]], 1.0)
+    optimizer.step()
 
 
 def finite(loss: Tensor, step: int) -> float:

@@ -51,9 +51,10 @@ STYLES = {
 WEIGHTS = {
     "gradient": 0.5,  # nearly the same pictures as 3d
     "line art": 0.3,
-    **dict.fromkeys(("weather", "badge", "sticker"), 0.7),
+    **dict.fromkeys(("weather", "sticker"), 0.7),
     **dict.fromkeys(("outlined color", "flat ui", "glossy ui"), 0.4),
 }
+UNTOLD = "badge"  # a style that the models never see: train_style.py teaches it to them
 CROWDED = {"people-body", "symbols"}  # a quarter of all emoji: each counts half
 SIDED = re.compile(
     r"\b(left|right|leftwards?|rightwards?|east|west|clock|o.clock|thirty|arrow|button|sign|mark|letters?)\b"
@@ -137,6 +138,13 @@ def held_out_pairs(rows: Sequence[dict[str, Any]], count: int = 200, styles: int
     return {
         min(groups[code], key=lambda row: zlib.crc32(f"{code} {row['style']}".encode()))["id"] for code in rich[:count]
     }
+
+
+def shown_and_held_out(rows: Sequence[dict[str, Any]], count: int = 200) -> tuple[list[int], list[int]]:
+    """Which icons the models are shown, and which of the held-out pairs they are not."""
+    pairs = held_out_pairs(rows, count)
+    shown = [i for i, row in enumerate(rows) if row["id"] not in pairs and row["style"] != UNTOLD]
+    return shown, [i for i, row in enumerate(rows) if row["id"] in pairs]
 
 
 def weight(row: dict[str, Any]) -> float:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from folders import write_json, write_part
 from muon import Muon
-from resumable import Average, Run, finite, pick_device, rate, rng
+from resumable import Average, Run, descend, finite, pick_device, rate, rng
 from scenes import SIZE, Icons, Scene, any_scene, read_icons, render, unseen
 from torch import Tensor, nn
 
@@ -100,16 +100,11 @@ def train(options: argparse.Namespace) -> None:
     while run.step < options.steps:
         x = batch(icons, seen, options, run.step, device)
         noise = disturbance(x, net.config, options.seed, run.step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate(run.step, options.steps, options.rate, fall=options.whole)
         with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
             y = forward(x, noise)
         loss = distance(y.float(), x)
         loss_sum += finite(loss, run.step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        descend(optimizer, loss, rate(run.step, options.steps, options.rate, fall=options.whole))
         average.update(model, run.step)
         run.step += 1
         if run.step % options.save_every == 0 or run.step == options.steps:

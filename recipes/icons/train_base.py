@@ -1,9 +1,9 @@
-"""Trains the base model: a text encoder and a U-Net that draw icons from their captions, from nothing.
+"""Trains the base model: a U-Net, and with it the text encoder, that draw icons from their captions.
 
-    python recipes/icons/train_base.py DATA AUTOENCODER OUT [--steps 20000] [--batch 64]
+    python recipes/icons/train_base.py DATA AUTOENCODER TEXT OUT [--steps 20000] [--batch 64] [--start FOLDER]
 
-DATA is what draw.py leaves, AUTOENCODER what train_autoencoder.py leaves. OUT becomes the base model in the diffusers
-layout. The run can be stopped at any moment; the same command goes on with it.
+DATA is what draw.py leaves, AUTOENCODER what train_autoencoder.py leaves, TEXT what train_text.py leaves. OUT becomes
+the base model in the diffusers layout. The run can be stopped at any moment; the same command goes on with it.
 
 Pictures are encoded as they are drawn, not once and for all: no two steps see the same one (mirrored, in another hue,
 on a colour, in pairs), and the encoder costs a fifth of a step. 200 pairs of a concept and a style are never shown,
@@ -16,59 +16,62 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from folders import write_json, write_part
-from resumable import Average, Run, finite, pick_device, rate, rng
+from muon import Muon
+from resumable import Average, Run, descend, finite, pick_device, rate, rng
 from scenes import (
     SIZE,
     Icons,
     Names,
     Scene,
     caption,
-    held_out_pairs,
     read_icons,
     read_names,
     render,
+    shown_and_held_out,
     told_scene,
     translated,
     weight,
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from words import LENGTH, build_tokenizer
+from train_text import name_in, text_content
+from words import tokens
 
-from calotype.nn.clip import CLIPText, CLIPTextConfig
+from calotype.nn.clip import CLIPText
 from calotype.nn.unet import Conditioning, UNet
 from calotype.nn.vae import AutoencoderKL
 from calotype.schedule import NoiseSchedule
-from calotype.text.prompt import chunk
 from calotype.text.tokenizer import Tokenizer
 from calotype.weights.configs import unet_config
-from calotype.weights.load import load_vae
+from calotype.weights.load import load_text_encoder, load_unet, load_vae
 
 BASE = Path(__file__).parent / "base"  # whose configs are taken: the U-Net's shape and the noise levels
-GAMMA = 5.0  # of min-SNR weighting (Hang et al. 2023, arXiv 2303.09556, Equation 8)
-FOREIGN = 0.15  # share of captions in another language, where there is one
+# An error in the clean latent counts as much as its signal-to-noise ratio, within these bounds. The upper one is
+# min-SNR's (Hang et al. 2023, arXiv 2303.09556, Equation 8), the lower one of Salimans and Ho 2022 (arXiv 2202.00512,
+# section 4): where there is little but noise, the text decides, and a few-step sampler begins.
+LEAST, MOST = 1.0, 5.0
+FOREIGN = 0.2  # share of captions in another language, where there is one
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("autoencoder", type=Path)
+    parser.add_argument("text", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--start", type=Path, help="the folder of a U-Net of this shape to go on from")
     parser.add_argument("--unet", type=Path, default=BASE / "unet" / "config.json", help="a U-Net's config.json")
-    parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="epsilon")
-    parser.add_argument("--vocabulary", type=int, default=8000)
-    parser.add_argument("--width", type=int, default=256, help="of the text encoder: what the U-Net's config says")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="v_prediction")
     parser.add_argument("--steps", type=int, default=20000, help="may be another when a run goes on")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=6e-4)
+    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--decay", type=float, default=0.999, help="of the moving average")
     parser.add_argument("--fall", type=float, default=0.3, help="the rate falls in the last share of the steps")
     parser.add_argument("--save-every", type=int, default=250)
@@ -112,20 +115,6 @@ class Steps(Dataset[tuple[list[Scene], Tensor]]):
         return caption(self.icons, scene, dice)
 
 
-def tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """Token ids (B, L); what is too long is cut."""
-    return torch.tensor([chunk(tokenizer, text)[0].ids for text in texts])
-
-
-def vocabulary(icons: Icons, names: Names) -> Iterator[str]:
-    """All that captions are made of, as often as it is on the list: what the tokenizer learns from."""
-    dice = rng(0, 0)
-    for i, row in enumerate(icons.rows):
-        yield from (caption(icons, Scene((i,)), dice) for _ in range(3))
-        for words in names.get(row["hex"] or "", {}).values():
-            yield " ".join(words).lower()
-
-
 # ---- what is trained ----
 
 
@@ -140,31 +129,43 @@ class Model(nn.Module):
         return self.unet(x, t, Conditioning(self.text(ids).last))
 
 
-def new_model(options: argparse.Namespace, tokenizer: Tokenizer) -> Model:
+def new_model(options: argparse.Namespace) -> Model:
     config = unet_config(json.loads(options.unet.read_text()), str(options.unet))
-    if config.context_dim != options.width:
-        raise SystemExit(f"--width is {options.width}, and {options.unet} reads text features of {config.context_dim}")
-    text = CLIPText(
-        CLIPTextConfig(
-            vocab_size=tokenizer.size, width=options.width, intermediate=4 * options.width, layers=options.layers,
-            heads=options.width // 64, positions=LENGTH, eos_token_id=tokenizer.eos,
+    text = load_text_encoder(options.text / "text_encoder")
+    if config.context_dim != text.config.width:
+        raise SystemExit(
+            f"{options.unet} reads text features of {config.context_dim}, and {options.text} has {text.config.width}"
         )
-    )  # fmt: skip
-    embeddings = text.text_model.embeddings
-    for table in (embeddings.token_embedding, embeddings.position_embedding):
-        nn.init.normal_(table.weight, std=0.02)
-    unet = UNet(config)
-    nn.init.zeros_(unet.conv_out.weight)  # it begins with the best guess that looks at nothing
-    return Model(text, unet)
+    if options.start is not None:
+        unet = load_unet(options.start)
+        if unet.config != config:
+            raise SystemExit(f"{options.start} is a U-Net of another shape than {options.unet}: leave out --start")
+    else:
+        unet = UNet(config)
+        nn.init.zeros_(unet.conv_out.weight)  # it begins with the best guess that looks at nothing
+    return Model(text, unet).requires_grad_(True)
 
 
 def loss_of(model: nn.Module, schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-    """The weighted error of each picture (B,)."""
+    """The weighted error (B,) of each picture."""
     x = schedule.add_noise(x0, noise, t)
-    error = (model(x, t, ids).float() - schedule.to_output(x, x0, t)).square().flatten(1).mean(dim=1)
+    return weighted(schedule, model(x, t, ids).float(), x, x0, t)
+
+
+def weighted(schedule: NoiseSchedule, output: Tensor, x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """The weighted error (B,) of a network's output for noisy latents x of x0."""
+    error = (output - schedule.to_output(x, x0, t)).square().flatten(1).mean(dim=1)
     alpha, sigma = schedule.at(t, t)
     snr = (alpha / sigma).square()
-    return error * snr.clamp(max=GAMMA) / (snr if schedule.prediction == "epsilon" else snr + 1)
+    return error * snr.clamp(LEAST, MOST) / (snr if schedule.prediction == "epsilon" else snr + 1)
+
+
+def groups(model: Model) -> list[dict[str, Any]]:
+    """What Muon treats as matrices, and the rest: embeddings, and the convolutions to and from the latents."""
+    unet, embeddings = model.unet, model.text.text_model.embeddings
+    ends = {id(each) for part in (unet.conv_in, unet.conv_out, embeddings) for each in part.parameters()}
+    parts = [[each for each in model.parameters() if (id(each) in ends) == wanted] for wanted in (False, True)]
+    return [{"params": parts[0]}, {"params": parts[1], "matrix": False}]
 
 
 def train(options: argparse.Namespace) -> None:
@@ -174,10 +175,8 @@ def train(options: argparse.Namespace) -> None:
     icons, names = read_icons(options.data, options.limit), read_names(options.data)
     vae = load_vae(options.autoencoder, device=device).requires_grad_(False).eval()
     assert isinstance(vae, AutoencoderKL)
-    tokenizer = tokenizer_of(options, icons, names)
-    pairs = held_out_pairs(icons.rows)
-    shown = [i for i, row in enumerate(icons.rows) if row["id"] not in pairs]
-    judged = [i for i, row in enumerate(icons.rows) if row["id"] in pairs]
+    tokenizer = Tokenizer.load(options.text / "tokenizer")
+    shown, judged = shown_and_held_out(icons.rows)
     told = {"prediction_type": options.prediction}
     scheduler = json.loads((BASE / "scheduler" / "scheduler_config.json").read_text()) | told
     schedule = NoiseSchedule.from_config(scheduler).to(device)
@@ -186,10 +185,10 @@ def train(options: argparse.Namespace) -> None:
     )
     print(f"{found}; read in {time.monotonic() - started:.0f} s", flush=True)
 
-    model = new_model(options, tokenizer).to(device)
+    model = new_model(options).to(device)
     average = Average(model, options.decay)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, weight_decay=0.01, betas=(0.9, 0.99))
-    kept = ("prediction", "vocabulary", "width", "layers", "batch", "rate", "decay", "fall", "seed")
+    optimizer = Muon(groups(model), lr=options.rate)
+    kept = ("prediction", "batch", "rate", "decay", "fall", "seed")
     settings = {name: getattr(options, name) for name in kept}
     run = Run(options.out, settings, {"model": model, "average": average, "optimizer": optimizer})
     forward: nn.Module = torch.compile(model) if options.compile else model  # type: ignore[assignment]
@@ -205,14 +204,9 @@ def train(options: argparse.Namespace) -> None:
             mean, _ = encode(render(icons, scenes, device))
         x0 = (mean.float() - vae.config.shift_factor) * vae.config.scaling_factor
         noise, t = chances(x0, options.seed, run.step, schedule.T)
-        for group in optimizer.param_groups:
-            group["lr"] = rate(run.step, options.steps, options.rate, options.fall, warm=500)
         with autocast:
             loss = loss_of(forward, schedule, x0, noise, t, ids.to(device)).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        descend(optimizer, loss, rate(run.step, options.steps, options.rate, options.fall, warm=500))
         average.update(model, run.step)
         run.step += 1
         loss_sum += loss.detach()  # not .item(): a GPU need not wait at every step
@@ -220,7 +214,8 @@ def train(options: argparse.Namespace) -> None:
             mean_loss = finite(loss_sum / (run.step - since), run.step)
             speed = options.batch * (run.step - since) / (time.monotonic() - began)
             run.save()
-            run.log(loss=mean_loss, held_out=judge(average, vae, schedule, icons, judged, tokenizer), per_second=speed)
+            found = {"held_out": judge(average, vae, schedule, icons, judged, tokenizer)} if judged else {}
+            run.log(loss=mean_loss, **found, per_second=speed)
             loss_sum, since, began = torch.zeros((), device=device), run.step, time.monotonic()
     network: Any = average.network
     export(network, scheduler, options, {**settings, "steps": run.step, "seconds": round(run.elapsed)})
@@ -251,19 +246,11 @@ def judge(
     for number, start in enumerate(range(0, len(judged), 50)):
         rows = judged[start : start + 50]
         scenes = [Scene((i,)) for i in rows]
-        texts = [f"{icons.rows[i]['caption']}, {icons.rows[i]['style']} style".lower() for i in rows]
+        texts = [name_in("en", icons.rows[i], {}) for i in rows]
         x0 = vae.encode(render(icons, scenes, device))[0] * vae.config.scaling_factor
         noise, t = chances(x0, 1, number, schedule.T)
         losses.append(loss_of(average.network, schedule, x0, noise, t, tokens(tokenizer, texts).to(device)))
-    return torch.cat(losses).mean().item() if losses else float("nan")
-
-
-def tokenizer_of(options: argparse.Namespace, icons: Icons, names: Names) -> Tokenizer:
-    """The run's own, or a new one where it begins."""
-    folder = options.out / "tokenizer"
-    if (folder / "tokenizer_config.json").is_file():
-        return Tokenizer.load(folder)
-    return build_tokenizer(vocabulary(icons, names), options.vocabulary, folder)
+    return torch.cat(losses).mean().item()
 
 
 # ---- what is written ----
@@ -273,23 +260,8 @@ def export(model: Model, scheduler: dict[str, Any], options: argparse.Namespace,
     """A model folder; model_index.json comes last, so that one that has it is complete."""
     out, text = options.out, model.text.config
     write_part(out / "unet", "diffusion_pytorch_model", model.unet.state_dict(), json.loads(options.unet.read_text()))
-    content = {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        "vocab_size": text.vocab_size,
-        "hidden_size": text.width,
-        "intermediate_size": text.intermediate,
-        "num_hidden_layers": text.layers,
-        "num_attention_heads": text.heads,
-        "max_position_embeddings": text.positions,
-        "hidden_act": text.activation,
-        "layer_norm_eps": text.eps,
-        "projection_dim": text.width,
-        "bos_token_id": text.vocab_size - 2,
-        "eos_token_id": text.eos_token_id,
-        "pad_token_id": text.eos_token_id,
-    }
-    write_part(out / "text_encoder", "model", model.text.state_dict(), content)
+    write_part(out / "text_encoder", "model", model.text.state_dict(), text_content(text))
+    shutil.copytree(options.text / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
     if options.autoencoder.resolve() != (out / "vae").resolve():
         (out / "vae").mkdir(exist_ok=True)
         for file in (*options.autoencoder.glob("*.safetensors*"), *options.autoencoder.glob("*.json")):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from folders import write_json, write_part
-from resumable import Average, Run, finite, pick_device, rate, rng
+from resumable import Average, Run, descend, finite, pick_device, rate, rng
 from scenes import any_scene, read_icons, render, unseen
 from torch import nn
 from train_autoencoder import distance, disturbance, psnr
@@ -61,15 +61,10 @@ def train(options: argparse.Namespace) -> None:
         x = render(icons, [any_scene(seen, dice) for _ in range(options.batch)], device)
         with torch.no_grad():
             latents = (full.encode(x)[0] - config.shift_factor) * config.scaling_factor
-        for group in optimizer.param_groups:
-            group["lr"] = rate(run.step, options.steps, options.rate, fall=0.5)
         y = net.decode(latents + disturbance(x, config, options.seed, run.step))
         loss = distance(y, x) + (net.encode(x)[0] - latents).square().mean()
         value = finite(loss, run.step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
+        descend(optimizer, loss, rate(run.step, options.steps, options.rate, fall=0.5))
         average.update(net, run.step)
         run.step += 1
         if run.step % options.save_every == 0 or run.step == options.steps:

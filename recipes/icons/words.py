@@ -1,14 +1,19 @@
-"""A tokenizer of CLIP's kind for the icons' captions: byte-level BPE, small, in the languages of the names."""
+"""Captions as tokens: a tokenizer of CLIP's kind, byte-level BPE, small, in the languages of the names."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from resumable import rng
+from scenes import Icons, Names, Scene, caption
 from tokenizers import trainers
+from torch import Tensor
 
+from calotype.text.prompt import chunk
 from calotype.text.tokenizer import END, START, Tokenizer, byte_letters
 
 LENGTH = 32  # tokens of a caption, with start and end: few are longer than 20
@@ -39,8 +44,22 @@ def build_tokenizer(texts: Iterable[str], size: int, folder: Path) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
-def files(tokens: list[str], merges: list[str]) -> dict[str, str]:
-    vocabulary = {token: index for index, token in enumerate([*tokens, START, END])}
+def vocabulary(icons: Icons, names: Names) -> Iterator[str]:
+    """All that captions are made of, as often as it is on the list: what the tokenizer learns from."""
+    dice = rng(0, 0)
+    for i, row in enumerate(icons.rows):
+        yield from (caption(icons, Scene((i,)), dice) for _ in range(3))
+        for words in names.get(row["hex"] or "", {}).values():
+            yield " ".join(words).lower()
+
+
+def tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """Token ids (B, L); what is too long is cut."""
+    return torch.tensor([chunk(tokenizer, text)[0].ids for text in texts])
+
+
+def files(entries: list[str], merges: list[str]) -> dict[str, str]:
+    vocabulary = {token: index for index, token in enumerate([*entries, START, END])}
     return {
         "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
         "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",

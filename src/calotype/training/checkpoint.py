@@ -28,7 +28,7 @@ from calotype.errors import CalotypeWarning, CheckpointError, OutputError
 from calotype.training.ranks import Ranks
 
 STATE, MANIFEST = "state.json", "manifest.json"
-FILE = 64 << 20  # bytes, about
+FILE, FILES = 16 << 20, 64  # bytes of a file, about; more, where there would be more files than that
 NAME = re.compile(r"step-(\d{8})")
 
 
@@ -118,9 +118,10 @@ def prune(folder: Path, limit: int, kept: int | None) -> None:
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Which file each tensor goes to, from 1: torch holds twice a file's tensors in memory while it writes it."""
     found, size = {}, 0
+    most = max(FILE, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) // FILES)
     for name, tensor in tensors.items():
         size += tensor.numel() * tensor.element_size()
-        found[name] = 1 + size // FILE
+        found[name] = 1 + size // most
     return found
 
 

@@ -1,0 +1,83 @@
+"""How often a picture is what was asked for: a judge picks its caption out of a hundred.
+
+    python recipes/icons/retrieve.py DATA JUDGE MODEL [--steps 4]
+
+DATA is what draw.py leaves. JUDGE is another run of train_text.py than the one the model grew from, with another seed
+and `--held-out 400`: 200 pairs of a concept and a style that the model saw and the judge did not, and 200 that neither
+saw, though each saw both of each pair elsewhere. Beside the real pictures of these pairs stand the model's, seed 0
+onwards. Concepts are asked for in other languages too, by name alone, and judged by their English names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from scenes import Scene, held_out_pairs, read_icons, read_names, render
+from torch import Tensor
+from train_text import name_in, read_towers
+from words import tokens
+
+from calotype.parts import Parts
+from calotype.training.draw import Series
+from calotype.weights.load import load_parts
+
+CHOICES = 100
+LANGUAGES = ("en", "ar", "es", "fr", "zh")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("judge", type=Path)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--guidance", type=float, help="default: the model's")
+    parser.add_argument("--sampler", help="default: the model's")
+    parser.add_argument("--count", type=int, default=200, help="pairs of each kind, in hundreds")
+    options = parser.parse_args()
+    icons, names = read_icons(options.data), read_names(options.data)
+    judge, tokenizer = read_towers(options.judge)
+    parts = load_parts(str(options.model))
+    unseen = held_out_pairs(icons.rows, 200)
+    pairs = {"seen": held_out_pairs(icons.rows, 400) - unseen, "unseen": unseen}
+
+    def found(pictures: Tensor, texts: Sequence[str]) -> float:
+        """The share of pictures (n, 3, 128, 128) whose own text is the nearest, hundred by hundred."""
+        right = []
+        for at in range(0, len(texts), CHOICES):
+            read = judge.read(tokens(tokenizer, texts[at : at + CHOICES]))
+            nearest = (judge.see(pictures[at : at + CHOICES]) @ read.T).argmax(1)
+            right.append((nearest == torch.arange(CHOICES)).float())
+        return torch.cat(right).mean().item()
+
+    table: dict[str, dict[str, float]] = {}
+    for kind, ids in pairs.items():
+        rows = [i for i, row in enumerate(icons.rows) if row["id"] in ids][: options.count]
+        texts = [name_in("en", icons.rows[i], names) for i in rows]
+        real = found(render(icons, [Scene((i,)) for i in rows]), texts)
+        table[f"concept and style, {kind}"] = {"real": real, "drawn": found(drawn(parts, texts, options), texts)}
+    rows = [i for i, row in enumerate(icons.rows) if row["id"] in pairs["seen"]][: options.count]
+    english = [icons.rows[i]["caption"].lower() for i in rows]
+    for language in LANGUAGES:
+        asked = english if language == "en" else [name_in(language, icons.rows[i], names) for i in rows]
+        table[f"concept, asked in {language}"] = {"drawn": found(drawn(parts, asked, options), english)}
+    for name, figures in table.items():
+        print(f"{name}: {', '.join(f'{who} {share:.3f}' for who, share in figures.items())}")
+    print(json.dumps(table))
+
+
+def drawn(parts: Parts, prompts: Sequence[str], options: argparse.Namespace) -> Tensor:
+    """The model's pictures (n, 3, 128, 128) in [-1, 1], the i-th with seed i."""
+    defaults = parts.defaults
+    sampler = options.sampler or defaults.sampler
+    guidance = defaults.guidance if options.guidance is None else options.guidance
+    series = Series(parts, sampler, options.steps, guidance, tuple(prompts), tuple(range(len(prompts))))
+    return torch.cat([piece.draw() for piece in series.shards(20)]).float() / 127.5 - 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""The recipe of the shipped model (recipes/icons), run from end to end on a few drawn shapes: each stage reads what the
+one before left, goes on where it was stopped, and what comes out is a model that calotype loads.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import calotype
+from calotype.weights.control import load_control
+from calotype.weights.load import load_parts, load_text_encoder, load_vae
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "icons"
+CONCEPTS = {  # by the hash of its name the last one is held out of the autoencoder's training
+    "1f534": ("red circle", "#d03030"),
+    "1f7e9": ("green square", "#30a040"),
+    "1f7e6": ("blue square", "#3060d0"),
+    "1f7e3": ("purple disc", "#8040c0"),
+}
+STYLES = ("flat", "3d", "blob", "fx")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _modules() -> Iterator[None]:
+    sys.path.insert(0, str(RECIPE))
+    yield
+    sys.path.remove(str(RECIPE))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What draw.py leaves: four shapes, each in four styles (which are sizes here)."""
+    folder = tmp_path_factory.mktemp("icons")
+    rows, names = [], {}
+    with tarfile.open(folder / "pictures-128.tar", "w") as tar:
+        for code, (caption, color) in CONCEPTS.items():
+            names[code] = {"fr": [f"le {caption}", "forme"], "zh": ["形"]}
+            for style in STYLES:
+                icon = Image.new("RGBA", (128, 128))
+                box = (20 + 4 * STYLES.index(style), 20, 108, 108)
+                draw = ImageDraw.Draw(icon)
+                (draw.rectangle if "square" in caption else draw.ellipse)(box, fill=color)
+                file = io.BytesIO()
+                icon.save(file, "WEBP", lossless=True)
+                entry = tarfile.TarInfo(f"{len(rows):05d}.webp")
+                entry.size = len(file.getvalue())
+                tar.addfile(entry, io.BytesIO(file.getvalue()))
+                row = {"id": len(rows), "caption": caption, "kw": ["shape"], "style": style, "hex": code}
+                rows.append(row | {"group": "symbols", "sub": "geometric"})
+    (folder / "manifest.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    (folder / "names.json").write_text(json.dumps(names, ensure_ascii=False))
+    return folder
+
+
+COMMON = {"seed": 0, "limit": None, "device": "cpu", "float32": True, "compile": False, "save_every": 2}
+
+
+def text_options(data: Path, out: Path, steps: int) -> Namespace:
+    return Namespace(**COMMON, data=data, out=out, held_out=0, vocabulary=700, width=64, layers=1, steps=steps, batch=6,
+                     rate=1e-3)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import train_text
+
+    out = tmp_path_factory.mktemp("text")
+    train_text.train(text_options(data, out, steps=2))
+    return out
+
+
+@pytest.fixture(scope="module")
+def autoencoder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import train_autoencoder
+
+    out = tmp_path_factory.mktemp("vae")
+    own = {"start": None, "channels": [16] * 4, "steps": 2, "batch": 4, "crop": 64, "whole": 0.5, "rate": 1e-3}
+    train_autoencoder.train(Namespace(**COMMON, **own, data=data, out=out))
+    return out
+
+
+def base_options(data: Path, autoencoder: Path, text: Path, out: Path, steps: int) -> Namespace:
+    config = json.loads((RECIPE / "base" / "unet" / "config.json").read_text())
+    config |= {"block_out_channels": [32, 32, 64], "cross_attention_dim": 64}
+    unet = out.parent / "unet.json"
+    unet.write_text(json.dumps(config))
+    return Namespace(**COMMON, data=data, autoencoder=autoencoder, text=text, out=out, start=None, unet=unet,
+                     prediction="v_prediction", steps=steps, batch=4, rate=1e-3, decay=0.9, fall=0.3,
+                     workers=0)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(data: Path, autoencoder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import train_base
+
+    out = tmp_path_factory.mktemp("base") / "base"
+    train_base.train(base_options(data, autoencoder, text, out, steps=4))
+    return out
+
+
+def weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
+    """The trained average of a run."""
+    state: dict[str, torch.Tensor] = torch.load(folder / "state.pt", weights_only=True)[part]
+    return state
+
+
+def test_the_text_encoder_is_loaded_with_its_tokenizer(text: Path) -> None:
+    import train_text
+
+    towers, tokenizer = train_text.read_towers(text)
+    encoder = load_text_encoder(text / "text_encoder")
+    ids = torch.tensor([[tokenizer.bos, *tokenizer.ids("red circle"), tokenizer.eos]])
+    torch.testing.assert_close(encoder(ids).pooled, towers.text(ids).pooled)
+    assert towers.read(ids).norm().item() == pytest.approx(1)
+    assert tokenizer.ids("形") != tokenizer.ids("猫")  # bytes at least: no writing is unknown
+
+
+def test_the_latents_are_centred_and_of_unit_scale(data: Path, autoencoder: Path) -> None:
+    from scenes import Scene, read_icons, render
+
+    icons = read_icons(data)
+    z = load_vae(autoencoder).encode(render(icons, [Scene((i,)) for i in range(len(icons))]))[0]
+    assert z.mean((0, 2, 3)).abs().max() < 0.02  # half precision's rounding, and no more
+    assert (z.std((0, 2, 3)) - 1).abs().max() < 0.02
+
+
+def test_the_base_model_draws(base: Path) -> None:
+    engine = calotype.load(base)
+    picture = engine("le red circle", steps=2, guidance=2.0).image
+    assert picture.size == (128, 128)
+    other = engine("blue square", steps=2, guidance=2.0).image
+    assert np.asarray(picture).tobytes() != np.asarray(other).tobytes()  # the text is read
+
+
+def test_a_stopped_stage_goes_on_as_if_it_had_not_been(
+    data: Path, autoencoder: Path, text: Path, base: Path, tmp_path: Path
+) -> None:
+    import train_base
+    import train_text
+
+    train_text.train(text_options(data, tmp_path / "text", steps=2))
+    for name, tensor in weights(text, "model").items():
+        assert torch.equal(tensor, weights(tmp_path / "text", "model")[name]), name
+
+    for steps in (2, 4):  # the rate of a shorter run falls sooner: the second must not notice
+        options = base_options(data, autoencoder, text, tmp_path / "base", steps)
+        options.fall = 1e-9
+        train_base.train(options)
+    options = base_options(data, autoencoder, text, tmp_path / "whole", 4)
+    options.fall = 1e-9
+    train_base.train(options)
+    for name, tensor in weights(tmp_path / "whole", "average").items():
+        assert torch.equal(tensor, weights(tmp_path / "base", "average")[name]), name
+
+
+def test_a_run_with_other_settings_is_not_gone_on_with(data: Path, text: Path) -> None:
+    import train_text
+
+    options = text_options(data, text, steps=4)
+    options.batch = 8
+    with pytest.raises(SystemExit, match="other settings \\(batch\\)"):
+        train_text.train(options)
+
+
+def test_a_control_begins_as_nothing_and_is_loaded(data: Path, base: Path, tmp_path: Path) -> None:
+    import train_control
+
+    from calotype.nn.unet import Conditioning
+
+    unet = load_parts(str(base)).unet
+    control = train_control.new_control(unet)
+    x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), torch.randn(2, 32, 64)
+    with torch.inference_mode():
+        steered = train_control.Steered(unet, control)(x, t, context, torch.rand(2, 3, 128, 128))
+        assert torch.equal(steered, unet(x, t, Conditioning(context)))
+
+    options = Namespace(**COMMON, data=data, base=base, out=tmp_path / "control", steps=2, batch=2, rate=1e-3)
+    train_control.train(options)
+    loaded = load_control(tmp_path / "control", unet=unet.config)
+    trained = weights(tmp_path / "control", "average")
+    for name, parameter in loaded.state_dict().items():
+        saved = trained[f"network.{name}"]
+        torch.testing.assert_close(parameter, saved, rtol=1e-3, atol=1e-4)
+    assert trained["network.controlnet_mid_block.weight"].abs().max() > 0
+
+
+def test_captions_are_true_of_what_they_say_and_no_more(data: Path) -> None:
+    import train_text
+    from scenes import Scene, read_icons
+
+    icons = read_icons(data)
+    Told = train_text.Told
+    flat, round3d = icons.rows[0]["style"], icons.rows[1]["style"]
+    plain = Told(Scene((0,)), "red circle", ("1f534",), "")
+    styled = Told(Scene((0,)), "red circle, flat style", ("1f534",), flat)
+    on_blue = Told(Scene((0,), ground="blue"), "red circle, on a blue background", ("1f534",), "")
+    square = Told(Scene((4,)), "green square", ("1f7e9",), "")
+    assert plain.true_of(styled, flat)
+    assert plain.true_of(on_blue, round3d)
+    assert styled.true_of(plain, flat)
+    assert not styled.true_of(plain, round3d)
+    assert not on_blue.true_of(plain, flat)
+    assert not plain.true_of(square, flat)
+
+
+def test_held_out_pairs_are_never_shown() -> None:
+    from scenes import UNTOLD, held_out_pairs, shown_and_held_out
+
+    rows: list[dict[str, Any]] = [
+        {"id": 10 * concept + i, "hex": f"{concept:x}", "caption": str(concept), "style": style}
+        for concept in range(30)
+        for i, style in enumerate(["flat", "3d", "blob", "fx", "noto", "gradient", "twemoji", UNTOLD])
+    ]
+    shown, held_out = shown_and_held_out(rows, 20)
+    assert len(held_out) == 20
+    assert not {rows[i]["id"] for i in shown} & held_out_pairs(rows, 20)
+    assert all(rows[i]["style"] != UNTOLD for i in shown)
+    assert {rows[i]["hex"] for i in held_out} <= {rows[i]["hex"] for i in shown}  # each concept is seen elsewhere
+
+
+def test_muon_makes_singular_values_alike() -> None:
+    from muon import Muon, orthogonal
+
+    torch.manual_seed(0)
+    matrix = torch.randn(24, 60) * torch.logspace(0, -2, 24)[:, None]
+    values = torch.linalg.svdvals(orthogonal(matrix).float())
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+
+    table = torch.nn.Parameter(torch.randn(8, 8))
+    table.grad = torch.zeros(8, 8)
+    table.grad[3] = 1.0
+    before = table.detach().clone()
+    Muon([{"params": [table], "matrix": False}], lr=0.1).step()
+    assert torch.equal(before[:3], table[:3])  # an embedding's unseen rows stay
+    assert (before[3] - table[3]).abs().min() > 0.05
+
+
+@pytest.mark.parametrize("missing", ["pictures-128.tar", "manifest.jsonl"])
+def test_missing_pictures_are_one_line_with_the_remedy(missing: str, data: Path, tmp_path: Path) -> None:
+    from scenes import read_icons
+
+    for file in data.iterdir():
+        if file.name != missing:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(SystemExit, match=f"{missing} is missing: make it with"):
+        read_icons(tmp_path)
+
+
+def test_a_list_that_is_longer_than_the_pictures_is_told(data: Path, tmp_path: Path) -> None:
+    from scenes import read_icons
+
+    (tmp_path / "pictures-128.tar").write_bytes((data / "pictures-128.tar").read_bytes())
+    lines = (data / "manifest.jsonl").read_text().splitlines()
+    more = json.dumps(json.loads(lines[0]) | {"id": 99})
+    (tmp_path / "manifest.jsonl").write_text("\n".join([*lines, more]))
+    with pytest.raises(SystemExit, match=r"lacks 1 pictures of its list, such as 00099\.webp"):
+        read_icons(tmp_path)
