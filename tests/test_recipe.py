@@ -186,14 +186,15 @@ def test_a_control_begins_as_nothing_and_is_loaded(data: Path, base: Path, tmp_p
         steered = train_control.Steered(unet, control)(x, t, context, torch.rand(2, 3, 128, 128))
         assert torch.equal(steered, unet(x, t, Conditioning(context)))
 
-    options = Namespace(**COMMON, data=data, base=base, out=tmp_path / "control", steps=2, batch=2, rate=1e-3)
-    train_control.train(options)
-    loaded = load_control(tmp_path / "control", unet=unet.config)
-    trained = weights(tmp_path / "control", "average")
-    for name, parameter in loaded.state_dict().items():
-        saved = trained[f"network.{name}"]
-        torch.testing.assert_close(parameter, saved, rtol=1e-3, atol=1e-4)
-    assert trained["network.controlnet_mid_block.weight"].abs().max() > 0
+    trained = {}
+    for adapter in (False, True):
+        out = tmp_path / f"control-{adapter}"
+        own = {"adapter": adapter, "steps": 2, "batch": 2, "rate": 1e-3}
+        train_control.train(Namespace(**COMMON, **own, data=data, base=base, out=out))
+        trained[adapter] = weights(out, "average")
+        for name, parameter in load_control(out, unet=unet.config).state_dict().items():
+            torch.testing.assert_close(parameter, trained[adapter][f"network.{name}"], rtol=1e-3, atol=1e-4)
+    assert trained[False]["network.controlnet_mid_block.weight"].abs().max() > 0
 
 
 def test_captions_are_true_of_what_they_say_and_no_more(data: Path) -> None:

@@ -239,7 +239,7 @@ def train(options: argparse.Namespace) -> None:
         noise, t = chances(x0, options.seed, run.step, schedule.T)
         with autocast:
             loss = loss_of(forward, schedule, x0, noise, t, ids.to(device)).mean()
-        descend(optimizer, loss, rate(run.step, options.steps, options.rate, options.fall, warm=500))
+        descend(optimizer, loss, rate(run.step, options.steps, options.rate, options.fall, warm=100))
         average.update(model, run.step)
         run.step += 1
         loss_sum += loss.detach()  # not .item(): a GPU need not wait at every step

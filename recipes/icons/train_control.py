@@ -1,10 +1,11 @@
-"""Trains a ControlNet of the base model that draws along edges (canny), on the pictures that it was trained on.
+"""Trains a ControlNet or a T2I-Adapter of the base model that draws along edges (canny), on the base model's pictures.
 
-    python recipes/icons/train_control.py DATA BASE OUT [--steps 800]
+    python recipes/icons/train_control.py DATA BASE OUT [--adapter] [--steps 800]
 
-DATA is what draw.py leaves, BASE what train_base.py leaves. OUT becomes a folder that `--control` takes. It begins as a
-copy of the U-Net's way down whose outputs are zero (Zhang et al. 2023, arXiv 2302.05543, section 3.1), so that from the
-first step on it only adds. The run can be stopped at any moment; the same command goes on with it.
+DATA is what draw.py leaves, BASE what train_base.py leaves. OUT becomes a folder that `--control` takes. A ControlNet
+begins as a copy of the U-Net's way down whose outputs are zero (Zhang et al. 2023, arXiv 2302.05543, section 3.1), so
+that from the first step on it only adds; a T2I-Adapter (Mou et al. 2023, arXiv 2302.08453) is smaller, and looks at the
+picture once instead of in every step. The run can be stopped at any moment; the same command goes on with it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from words import tokens
 import calotype
 from calotype.images import to_pil
 from calotype.nn.controlnet import ControlNet, ControlNetConfig
+from calotype.nn.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from calotype.nn.unet import Conditioning, Residuals, UNet
 from calotype.nn.vae import AutoencoderKL
 from calotype.text.tokenizer import Tokenizer
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("base", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--adapter", action="store_true", help="a T2I-Adapter instead of a ControlNet")
     parser.add_argument("--steps", type=int, default=800, help="may be another when a run goes on")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=3e-4)
@@ -65,6 +68,15 @@ def new_control(unet: UNet) -> ControlNet:
     return control
 
 
+def new_adapter(unet: UNet) -> T2IAdapter:
+    """One that looks at the picture alone.
+
+    The icons' U-Net is SDXL's in small: its first level does not attend, so the first map is added below it.
+    """
+    channels = unet.config.channels
+    return T2IAdapter(T2IAdapterConfig("full_xl", channels=(*channels, channels[-1]), downscale=16))
+
+
 def edges(pictures: Tensor) -> Tensor:
     """Canny edges (B, 3, H, W) in [0, 1] of pictures in [-1, 1]."""
     drawn = [np.asarray(calotype.canny(picture)) for picture in to_pil(pictures)]
@@ -72,15 +84,19 @@ def edges(pictures: Tensor) -> Tensor:
 
 
 class Steered(nn.Module):
-    """The U-Net, and the ControlNet beside it."""
+    """The U-Net, and the control beside it."""
 
-    def __init__(self, unet: UNet, control: ControlNet) -> None:
+    def __init__(self, unet: UNet, control: ControlNet | T2IAdapter) -> None:
         super().__init__()
         self.unet, self.control = unet, control
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> Tensor:
         conditioning = Conditioning(context)
-        residuals: Residuals = self.control(x, t, conditioning, self.control.embed_hint(hint))
+        residuals: Residuals
+        if isinstance(self.control, T2IAdapter):
+            residuals = self.control(hint)
+        else:
+            residuals = self.control(x, t, conditioning, self.control.embed_hint(hint))
         return self.unet(x, t, conditioning, residuals)
 
 
@@ -93,11 +109,11 @@ def train(options: argparse.Namespace) -> None:
     assert isinstance(vae, AutoencoderKL)
     tokenizer = Tokenizer.load(options.base / "tokenizer")
     shown, _ = shown_and_held_out(icons.rows)
-    control = new_control(parts.unet).to(device)
+    control = (new_adapter if options.adapter else new_control)(parts.unet).to(device)
     model = Steered(parts.unet, control)
     average = Average(control, decay=0.995)
     optimizer = torch.optim.AdamW(control.parameters(), lr=options.rate, weight_decay=0.01, betas=(0.9, 0.99))
-    settings = {name: getattr(options, name) for name in ("batch", "rate", "seed")}
+    settings = {name: getattr(options, name) for name in ("adapter", "batch", "rate", "seed")}
     run = Run(options.out, settings, {"control": control, "average": average, "optimizer": optimizer})
     steps = Steps(icons, shown, tokenizer, names, options.batch, options.seed)
     nothing = tokens(tokenizer, [""])[0]
@@ -123,9 +139,8 @@ def train(options: argparse.Namespace) -> None:
             run.log(loss=loss_sum / (run.step - since))
             loss_sum, since = 0.0, run.step
     network: Any = average.network
-    unet_config = json.loads((options.base / "unet" / "config.json").read_text(encoding="utf-8"))
     write_json(options.out / "training.json", {**settings, "steps": run.step, "seconds": round(run.elapsed)})
-    write_part(options.out, "diffusion_pytorch_model", network.state_dict(), described(unet_config))
+    write_part(options.out, "diffusion_pytorch_model", network.state_dict(), described(network, options.base))
     print(f"{options.out}: {run.step} steps of {options.batch}; {run.elapsed:.0f} s")
 
 
@@ -136,8 +151,18 @@ SHARED = (
 )  # fmt: skip
 
 
-def described(unet: dict[str, Any]) -> dict[str, Any]:
+def described(network: ControlNet | T2IAdapter, base: Path) -> dict[str, Any]:
     """As diffusers' config.json says it."""
+    if isinstance(network, T2IAdapter):
+        return {
+            "_class_name": "T2IAdapter",
+            "adapter_type": "full_adapter_xl",
+            "in_channels": network.config.in_channels,
+            "channels": network.config.channels,
+            "num_res_blocks": network.config.layers,
+            "downscale_factor": network.config.downscale,
+        }
+    unet = json.loads((base / "unet" / "config.json").read_text(encoding="utf-8"))
     return {
         "_class_name": "ControlNetModel",
         **{name: unet[name] for name in SHARED},
