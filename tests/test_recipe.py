@@ -197,6 +197,43 @@ def test_a_control_begins_as_nothing_and_is_loaded(data: Path, base: Path, tmp_p
     assert trained[False]["network.controlnet_mid_block.weight"].abs().max() > 0
 
 
+def test_a_motion_begins_as_none_and_moves_clips(data: Path, base: Path, tmp_path: Path) -> None:
+    import train_motion
+
+    from calotype.nn.motion import attach
+    from calotype.nn.unet import Conditioning
+
+    unet = load_parts(str(base)).unet
+    x, t, context = torch.randn(4, 4, 16, 16), torch.tensor([500] * 4), torch.randn(4, 32, 64)
+    with torch.inference_mode():
+        still = unet(x, t, Conditioning(context))
+        attach(unet, train_motion.new_motion(unet.config, 4))
+        assert torch.equal(unet(x, t, Conditioning(context), frames=4), still)
+
+    own = {"motion": "bounce", "frames": 4, "steps": 2, "batch": 1, "rate": 1e-3}
+    train_motion.train(Namespace(**COMMON, **own, data=data, base=base, out=tmp_path / "motion"))
+    engine = calotype.load(base)
+    engine.set_motion(tmp_path / "motion")
+    frames = engine("red circle", frames=4, steps=2, guidance=2.0).images
+    assert len(frames) == 4
+
+
+@pytest.mark.parametrize(
+    ("motion", "place"),
+    [("bounce", [(0, 0.25), (0, -0.104), (0, -0.25), (0, -0.104)]), ("sway", [(0, 0), (0.22, 0), (0, 0), (-0.22, 0)])],
+)
+def test_clips_move_as_the_motion_says(motion: str, place: list[tuple[float, float]]) -> None:
+    from train_motion import clips
+
+    dot = torch.ones(1, 3, 128, 128)
+    dot[:, :, 60:68, 60:68] = -1
+    moved = 1 - clips(dot, motion, 4)[:, 0]  # where it is not white
+    at = (torch.arange(128) - 63.5) / 64
+    for frame, (right, down) in zip(moved, place, strict=True):
+        assert (frame.sum(0) @ at / frame.sum()).item() == pytest.approx(right, abs=0.01)
+        assert (frame.sum(1) @ at / frame.sum()).item() == pytest.approx(down, abs=0.01)
+
+
 def test_captions_are_true_of_what_they_say_and_no_more(data: Path) -> None:
     import train_text
     from scenes import Scene, read_icons
