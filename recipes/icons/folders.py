@@ -1,4 +1,4 @@
-"""Writes a network as a part of a model folder, in the diffusers layout: config.json and weights in float16."""
+"""Writes and reads a network as a part of a model folder in the diffusers layout: config.json, weights in float16."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from calotype.weights.write import Pending, write_safetensors
@@ -41,6 +42,11 @@ def write_part(
         size = sum(pending.bytes for group in groups for pending in group.values())
         write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
     write_json(folder / "config.json", config)
+
+
+def read_part(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a part's folder, whatever files they are in."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def write_json(path: Path, content: object) -> None:

@@ -17,8 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from folders import SHARD, write_part
-from safetensors.torch import load_file
+from folders import SHARD, read_part, write_part
 
 from calotype.weights.write import replacing_folder
 
@@ -61,9 +60,7 @@ def main() -> None:
 
 def repack(source: Path, folder: Path, stem: str, shard: int) -> None:
     """A part's folder again, whatever files its weights were in."""
-    tensors = {
-        name: tensor for file in sorted(source.glob("*.safetensors")) for name, tensor in load_file(file).items()
-    }
+    tensors = read_part(source)
     if not tensors:
         raise SystemExit(f"{source} has no weights")
     write_part(folder, stem, tensors, json.loads((source / "config.json").read_text(encoding="utf-8")), shard)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,31 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None
     loss.backward()
     nn.utils.clip_grad_norm_([each for group in optimizer.param_groups for each in group["params"]], 1.0)
     optimizer.step()
+
+
+def learn(
+    run: Run,
+    options: argparse.Namespace,
+    network: nn.Module,
+    average: Average,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[int], Tensor],
+    *,
+    fall: float,
+    figures: Callable[[], dict[str, float]] = dict,
+) -> None:
+    """Goes on to step `options.steps`, each with the loss of its number; saves and logs every `options.save_every`."""
+    loss_sum, since = 0.0, run.step
+    while run.step < options.steps:
+        value = loss(run.step)
+        loss_sum += finite(value, run.step)
+        descend(optimizer, value, rate(run.step, options.steps, options.rate, fall))
+        average.update(network, run.step)
+        run.step += 1
+        if run.step % options.save_every == 0 or run.step == options.steps:
+            run.save()
+            run.log(loss=loss_sum / (run.step - since), **figures())
+            loss_sum, since = 0.0, run.step
 
 
 def finite(loss: Tensor, step: int) -> float:

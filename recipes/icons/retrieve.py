@@ -18,15 +18,11 @@ from pathlib import Path
 import torch
 from scenes import Scene, held_out_pairs, read_icons, read_names, render
 from torch import Tensor
-from train_text import name_in, read_towers
-from words import tokens
+from train_text import CHOICES, LANGUAGES, name_in, picked, read_towers
 
 from calotype.parts import Parts
 from calotype.training.draw import Series
 from calotype.weights.load import load_parts
-
-CHOICES = 100
-LANGUAGES = ("en", "ar", "es", "fr", "zh")
 
 
 def main() -> None:
@@ -47,12 +43,8 @@ def main() -> None:
 
     def found(pictures: Tensor, texts: Sequence[str]) -> float:
         """The share of pictures (n, 3, 128, 128) whose own text is the nearest, hundred by hundred."""
-        right = []
-        for at in range(0, len(texts), CHOICES):
-            read = judge.read(tokens(tokenizer, texts[at : at + CHOICES]))
-            nearest = (judge.see(pictures[at : at + CHOICES]) @ read.T).argmax(1)
-            right.append((nearest == torch.arange(CHOICES)).float())
-        return torch.cat(right).mean().item()
+        seen = torch.cat([judge.see(some) for some in pictures.split(CHOICES)])
+        return picked(judge, tokenizer, seen, texts)
 
     table: dict[str, dict[str, float]] = {}
     for kind, ids in pairs.items():

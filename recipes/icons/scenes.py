@@ -152,6 +152,19 @@ def weight(row: dict[str, Any]) -> float:
     return WEIGHTS.get(row["style"], 1.0) * (0.5 if row["group"] in CROWDED else 1.0)
 
 
+class Mix:
+    """Chooses icons by their weights."""
+
+    def __init__(self, icons: Icons, shown: Sequence[int]) -> None:
+        self.shown = np.array(shown)
+        weights = np.cumsum([weight(icons.rows[i]) for i in shown])
+        self.shares = weights / weights[-1]
+
+    def pairs(self, count: int, rng: Generator) -> np.ndarray:
+        """Indices (count, 2) of icons: the second of each is for scenes of two."""
+        return self.shown[np.searchsorted(self.shares, rng.random((count, 2)), side="right")]
+
+
 # ---- a scene: every choice made, nothing drawn yet ----
 
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from folders import write_json, write_part
 from muon import Muon
-from resumable import Average, Run, descend, finite, pick_device, rate, rng
+from resumable import Average, Run, learn, pick_device, rng
 from scenes import SIZE, Icons, Scene, any_scene, read_icons, render, unseen
 from torch import Tensor, nn
 
@@ -96,27 +96,24 @@ def train(options: argparse.Namespace) -> None:
     run = Run(options.out, settings, {"model": model, "average": average, "optimizer": optimizer})
     forward = torch.compile(model) if options.compile else model
     model.train()
-    loss_sum, since = 0.0, run.step
-    while run.step < options.steps:
-        x = batch(icons, seen, options, run.step, device)
-        noise = disturbance(x, net.config, options.seed, run.step)
+
+    def loss(step: int) -> Tensor:
+        x = batch(icons, seen, options, step, device)
+        noise = disturbance(x, net.config, options.seed, step)
         with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
             y = forward(x, noise)
-        loss = distance(y.float(), x)
-        loss_sum += finite(loss, run.step)
-        descend(optimizer, loss, rate(run.step, options.steps, options.rate, fall=options.whole))
-        average.update(model, run.step)
-        run.step += 1
-        if run.step % options.save_every == 0 or run.step == options.steps:
-            run.save()
-            whole, mean = psnr(finished(average, icons, seen[:32]), icons, judged[:64])
-            run.log(loss=loss_sum / (run.step - since), psnr=whole, psnr_mean=mean)
-            loss_sum, since = 0.0, run.step
+        return distance(y.float(), x)
+
+    def figures() -> dict[str, float]:
+        whole, mean = psnr(finished(average, icons, seen[:32]), icons, judged[:64])
+        return {"psnr": whole, "psnr_mean": mean}
+
+    learn(run, options, model, average, optimizer, loss, fall=options.whole, figures=figures)
     net = finished(average, icons, seen)
     whole, mean = psnr(net, icons, judged)
     export(net, options.out, {**settings, "psnr": round(whole, 2), "seconds": round(run.elapsed)})
-    figures = f"{whole:.2f} dB on {len(judged)} held-out icons on white ({mean:.2f} dB the mean of each)"
-    print(f"{options.out}: {figures}; {run.elapsed:.0f} s")
+    reached = f"{whole:.2f} dB on {len(judged)} held-out icons on white ({mean:.2f} dB the mean of each)"
+    print(f"{options.out}: {reached}; {run.elapsed:.0f} s")
 
 
 def new_net(channels: Sequence[int]) -> AutoencoderKL:

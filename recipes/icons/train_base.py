@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from scenes import (
     SIZE,
     Icons,
+    Mix,
     Names,
     Scene,
     caption,
@@ -39,7 +40,6 @@ from scenes import (
     shown_and_held_out,
     told_scene,
     translated,
-    weight,
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -99,14 +99,12 @@ class Steps(Dataset[tuple[list[Scene], Tensor]]):
     def __init__(
         self, icons: Icons, shown: Sequence[int], tokenizer: Tokenizer, names: Names, batch: int, seed: int
     ) -> None:
-        self.icons, self.shown, self.tokenizer, self.names = icons, np.array(shown), tokenizer, names
+        self.icons, self.mix, self.tokenizer, self.names = icons, Mix(icons, shown), tokenizer, names
         self.batch, self.seed = batch, seed
-        weights = np.cumsum([weight(icons.rows[i]) for i in shown])
-        self.shares = weights / weights[-1]
 
     def __getitem__(self, step: int) -> tuple[list[Scene], Tensor]:
         dice = rng(self.seed, step)
-        drawn = self.shown[np.searchsorted(self.shares, dice.random((self.batch, 2)), side="right")].tolist()
+        drawn = self.mix.pairs(self.batch, dice).tolist()
         scenes = [told_scene(self.icons, first, second, dice) for first, second in drawn]
         texts = [self.text(scene, dice) for scene in scenes]
         return scenes, tokens(self.tokenizer, texts)
@@ -116,6 +114,12 @@ class Steps(Dataset[tuple[list[Scene], Tensor]]):
         if names and scene.plain and dice.random() < FOREIGN:
             return translated(names, dice)
         return caption(self.icons, scene, dice)
+
+
+def latents_of(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """The latents (B, 4, H/8, W/8) in float32, as the U-Net takes them."""
+    mean, _ = vae.encode(pictures)
+    return (mean.float() - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 class Latents:
@@ -138,13 +142,12 @@ class Latents:
     @torch.no_grad()
     def encode(self, scenes: Sequence[Scene]) -> Tensor:
         with self.autocast:
-            mean, _ = self.vae.encode(render(self.icons, scenes, self.device))
-        return (mean.float() - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+            return latents_of(self.vae, render(self.icons, scenes, self.device))
 
     def __call__(self, scenes: Sequence[Scene]) -> Tensor:
         rows = torch.tensor([self.rows.get(scene, -1) for scene in scenes], device=self.device)
         found = self.table[rows].float()  # the last one where there is none
-        changed = [i for i, scene in enumerate(scenes) if scene not in self.rows]
+        changed = (rows < 0).nonzero().flatten().tolist()
         if changed:
             found[changed] = self.encode([scenes[i] for i in changed])
         return found
@@ -285,7 +288,7 @@ def judge(
         rows = judged[start : start + 50]
         scenes = [Scene((i,)) for i in rows]
         texts = [name_in("en", icons.rows[i], {}) for i in rows]
-        x0 = vae.encode(render(icons, scenes, device))[0] * vae.config.scaling_factor
+        x0 = latents_of(vae, render(icons, scenes, device))
         noise, t = chances(x0, 1, number, schedule.T)
         losses.append(loss_of(average.network, schedule, x0, noise, t, tokens(tokenizer, texts).to(device)))
     return torch.cat(losses).mean().item()

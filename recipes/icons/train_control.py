@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from folders import write_json, write_part
-from resumable import Average, Run, descend, finite, pick_device, rate, rng
+from resumable import Average, Run, learn, pick_device, rng
 from scenes import read_icons, read_names, render, shown_and_held_out
 from torch import Tensor, nn
-from train_base import Steps, chances, weighted
+from train_base import Steps, chances, latents_of, weighted
 from words import tokens
 
 import calotype
@@ -117,27 +117,21 @@ def train(options: argparse.Namespace) -> None:
     run = Run(options.out, settings, {"control": control, "average": average, "optimizer": optimizer})
     steps = Steps(icons, shown, tokenizer, names, options.batch, options.seed)
     nothing = tokens(tokenizer, [""])[0]
-    loss_sum, since = 0.0, run.step
-    while run.step < options.steps:
-        scenes, ids = steps[run.step]
+
+    def loss(step: int) -> Tensor:
+        scenes, ids = steps[step]
         pictures = render(icons, scenes, device)
-        ids[torch.from_numpy(rng(options.seed + 1, run.step).random(len(ids)) < NO_TEXT)] = nothing
+        ids[torch.from_numpy(rng(options.seed + 1, step).random(len(ids)) < NO_TEXT)] = nothing
         with torch.no_grad():
-            x0 = vae.encode(pictures)[0] * vae.config.scaling_factor
+            x0 = latents_of(vae, pictures)
             context = text(ids.to(device)).last
-        noise, t = chances(x0, options.seed, run.step, schedule.T)
+        noise, t = chances(x0, options.seed, step, schedule.T)
         x = schedule.add_noise(x0, noise, t)
         with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
             out = model(x, t, context, edges(pictures).to(device))
-        loss = weighted(schedule, out.float(), x, x0, t).mean()
-        loss_sum += finite(loss, run.step)
-        descend(optimizer, loss, rate(run.step, options.steps, options.rate, fall=0.5))
-        average.update(control, run.step)
-        run.step += 1
-        if run.step % options.save_every == 0 or run.step == options.steps:
-            run.save()
-            run.log(loss=loss_sum / (run.step - since))
-            loss_sum, since = 0.0, run.step
+        return weighted(schedule, out.float(), x, x0, t).mean()
+
+    learn(run, options, control, average, optimizer, loss, fall=0.5)
     network: Any = average.network
     write_json(options.out / "training.json", {**settings, "steps": run.step, "seconds": round(run.elapsed)})
     write_part(options.out, "diffusion_pytorch_model", network.state_dict(), described(network, options.base))

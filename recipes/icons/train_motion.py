@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from folders import write_json, write_part
-from resumable import Average, Run, descend, finite, pick_device, rate
-from scenes import read_icons, read_names, render, shown_and_held_out
+from resumable import Average, Run, learn, pick_device
+from scenes import Scene, read_icons, read_names, render, shown_and_held_out
 from torch import Tensor, nn
-from train_base import Steps, chances, weighted
+from train_base import Steps, chances, latents_of, weighted
 
 from calotype.nn.motion import MotionAdapter, MotionConfig, attach
 from calotype.nn.unet import Conditioning, UNetConfig
@@ -119,28 +119,21 @@ def train(options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in ("motion", "frames", "batch", "rate", "seed")}
     run = Run(options.out, settings, {"motion": motion, "average": average, "optimizer": optimizer})
     steps = Steps(icons, shown, tokenizer, names, options.batch, options.seed)
-    loss_sum, since = 0.0, run.step
-    while run.step < options.steps:
-        scenes, ids = steps[run.step]
-        white = [type(scene)(scene.icons, scene.mirrored) for scene in scenes]  # what moves has no background
+
+    def loss(step: int) -> Tensor:
+        scenes, ids = steps[step]
+        white = [Scene(scene.icons, scene.mirrored) for scene in scenes]  # what moves has no background
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
-            x0 = vae.encode(clips(render(icons, white, device), options.motion, options.frames))[0].float()
+            x0 = latents_of(vae, clips(render(icons, white, device), options.motion, options.frames))
             context = text(ids.to(device)).last.repeat_interleave(options.frames, 0)
-        x0 = x0 * vae.config.scaling_factor
-        noise, t = chances(x0, options.seed, run.step, schedule.T)
+        noise, t = chances(x0, options.seed, step, schedule.T)
         t = t[:: options.frames].repeat_interleave(options.frames)  # one for all frames of a clip
         x = schedule.add_noise(x0, noise, t)
         with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
             output = unet(x, t, Conditioning(context), frames=options.frames)
-        loss = weighted(schedule, output.float(), x, x0, t).mean()
-        loss_sum += finite(loss, run.step)
-        descend(optimizer, loss, rate(run.step, options.steps, options.rate, fall=0.5))
-        average.update(motion, run.step)
-        run.step += 1
-        if run.step % options.save_every == 0 or run.step == options.steps:
-            run.save()
-            run.log(loss=loss_sum / (run.step - since))
-            loss_sum, since = 0.0, run.step
+        return weighted(schedule, output.float(), x, x0, t).mean()
+
+    learn(run, options, motion, average, optimizer, loss, fall=0.5)
     network: Any = average.network
     write_json(options.out / "training.json", {**settings, "steps": run.step, "seconds": round(run.elapsed)})
     write_part(options.out, "diffusion_pytorch_model", network.state_dict(), described(network.config))

@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from folders import write_json, write_part
-from resumable import Average, Run, descend, finite, pick_device, rate, rng
-from safetensors.torch import load_file
+from folders import read_part, write_json, write_part
+from resumable import Average, Run, learn, pick_device, rng
 from scenes import (
     STYLES,
     Icons,
+    Mix,
     Names,
     Scene,
     caption,
@@ -40,7 +40,6 @@ from scenes import (
     shown_and_held_out,
     told_scene,
     translated,
-    weight,
 )
 from torch import Tensor, nn
 from train_features import add_norms
@@ -51,6 +50,8 @@ from calotype.text.tokenizer import Tokenizer
 from calotype.training.features import FeatureConfig, FeatureNet
 
 DIM = 256  # in which both towers meet
+CHOICES = 100  # captions that a picture's own is picked from
+LANGUAGES = ("en", "ar", "es", "fr", "zh")
 FOREIGN = 0.4  # share of captions in another language, where there is one
 
 
@@ -100,16 +101,14 @@ class Batches:
     """The captioned scenes of each step, half of them the other half's concepts in other styles."""
 
     def __init__(self, icons: Icons, names: Names, shown: Sequence[int], seed: int) -> None:
-        self.icons, self.names, self.shown, self.seed = icons, names, np.array(shown), seed
-        weights = np.cumsum([weight(icons.rows[i]) for i in shown])
-        self.shares = weights / weights[-1]
+        self.icons, self.names, self.mix, self.seed = icons, names, Mix(icons, shown), seed
         self.kin: dict[str, list[int]] = defaultdict(list)
         for i in shown:
             self.kin[concept(icons.rows[i])].append(i)
 
     def __call__(self, step: int, count: int) -> list[Told]:
         dice = rng(self.seed, step)
-        drawn = self.shown[np.searchsorted(self.shares, dice.random((count, 2)), side="right")]
+        drawn = self.mix.pairs(count, dice)
         for i in range(count // 2, count):
             kin = self.kin[concept(self.icons.rows[drawn[i - count // 2, 0]])]
             drawn[i, 0] = kin[int(dice.integers(len(kin)))]
@@ -204,23 +203,19 @@ def train(options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in kept}
     run = Run(options.out, settings, {"model": model, "average": average, "optimizer": optimizer})
     batches = Batches(icons, names, shown, options.seed)
-    loss_sum, since = 0.0, run.step
-    while run.step < options.steps:
-        told = batches(run.step, options.batch)
+
+    def loss(step: int) -> Tensor:
+        told = batches(step, options.batch)
         x = render(icons, [one.scene for one in told], device)
         ids, truth = tokens(tokenizer, [one.text for one in told]).to(device), truths(told, icons).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
             logits = model(x, ids)
-        loss = loss_of(logits, truth)
-        loss_sum += finite(loss, run.step)
-        descend(optimizer, loss, rate(run.step, options.steps, options.rate, fall=0.5))
-        average.update(model, run.step)
-        run.step += 1
-        if run.step % options.save_every == 0 or run.step == options.steps:
-            run.save()
-            found = retrieval(average, tokenizer, icons, names, judged)
-            run.log(loss=loss_sum / (run.step - since), **found)
-            loss_sum, since = 0.0, run.step
+        return loss_of(logits, truth)
+
+    def figures() -> dict[str, float]:
+        return retrieval(average, tokenizer, icons, names, judged)
+
+    learn(run, options, model, average, optimizer, loss, fall=0.5, figures=figures)
     export(average, tokenizer, options.out, {**settings, "steps": run.step, "seconds": round(run.elapsed)})
     print(f"{options.out}: {run.step} steps of {options.batch}; {run.elapsed:.0f} s")
 
@@ -232,16 +227,30 @@ def retrieval(
     """How often a picture's own caption is the nearest of a hundred, for held-out pictures; by language."""
     towers: Any = average.network
     device = next(towers.parameters()).device
-    found: dict[str, list[float]] = defaultdict(list)
-    for at in range(0, len(judged) - len(judged) % 100, 100):
-        some = judged[at : at + 100]
-        seen = towers.see(render(icons, [Scene((i,)) for i in some], device))
-        for language in ("en", "ar", "es", "fr", "zh"):
-            texts = [name_in(language, icons.rows[i], names) for i in some]
-            read = towers.read(tokens(tokenizer, texts).to(device))
-            right = (seen @ read.T).argmax(1).cpu() == torch.arange(100)
-            found[language].append(right.float().mean().item())
-    return {language: sum(shares) / len(shares) for language, shares in found.items()}
+    some = judged[: len(judged) - len(judged) % CHOICES]
+    if not some:
+        return {}
+    seen = torch.cat(
+        [
+            towers.see(render(icons, [Scene((i,)) for i in some[at : at + CHOICES]], device))
+            for at in range(0, len(some), CHOICES)
+        ]
+    )
+    return {
+        language: picked(towers, tokenizer, seen, [name_in(language, icons.rows[i], names) for i in some])
+        for language in LANGUAGES
+    }
+
+
+@torch.no_grad()
+def picked(towers: Towers, tokenizer: Tokenizer, seen: Tensor, texts: Sequence[str]) -> float:
+    """The share of pictures, by their directions (n, DIM), whose own text is the nearest, hundred by hundred."""
+    right = []
+    for at in range(0, len(texts), CHOICES):
+        read = towers.read(tokens(tokenizer, texts[at : at + CHOICES]).to(seen.device))
+        nearest = (seen[at : at + CHOICES] @ read.T).argmax(1).cpu()
+        right.append((nearest == torch.arange(CHOICES)).float())
+    return torch.cat(right).mean().item()
 
 
 def name_in(language: str, row: dict[str, Any], names: Names) -> str:
@@ -296,7 +305,7 @@ def read_towers(folder: Path) -> tuple[Towers, Tokenizer]:
     tokenizer = Tokenizer.load(folder / "tokenizer")
     config = json.loads((folder / "towers" / "config.json").read_text(encoding="utf-8"))
     towers = Towers(text_config(tokenizer, config["width"], config["layers"]))
-    weights = {k: v for file in sorted((folder / "towers").glob("*.safetensors")) for k, v in load_file(file).items()}
+    weights = read_part(folder / "towers")
     towers.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
     return towers.eval().requires_grad_(False), tokenizer
 
