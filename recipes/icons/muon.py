@@ -43,7 +43,7 @@ class Muon(torch.optim.Optimizer):
                     update = self._matrix(parameter.grad, state["mean"], group["momentum"])
                 else:
                     update = self._vector(parameter.grad, state, group["betas"])
-                parameter.sub_(group["lr"] * update)
+                parameter.sub_(update, alpha=group["lr"])
 
     @staticmethod
     def _matrix(grad: Tensor, mean: Tensor, momentum: float) -> Tensor:
@@ -70,5 +70,5 @@ def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
     x = x / (x.norm() + 1e-7)
     for _ in range(rounds):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrix.dtype)

@@ -13,6 +13,7 @@ held-out loss, and the place to look whether the two were learnt apart.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import time
@@ -42,6 +43,7 @@ from scenes import (
     translated,
 )
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from train_text import name_in, text_content
 from words import tokens
@@ -114,6 +116,11 @@ class Steps(Dataset[tuple[list[Scene], Tensor]]):
         if names and scene.plain and dice.random() < FOREIGN:
             return translated(names, dice)
         return caption(self.icons, scene, dice)
+
+
+def attention_of(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Plain products on a CPU: the fused attention's way back, in bfloat16, takes up to six times as long."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
 def latents_of(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
@@ -240,7 +247,7 @@ def train(options: argparse.Namespace) -> None:
     for scenes, ids in loader:
         x0 = latents(scenes)
         noise, t = chances(x0, options.seed, run.step, schedule.T)
-        with autocast:
+        with autocast, attention_of(device):
             loss = loss_of(forward, schedule, x0, noise, t, ids.to(device)).mean()
         descend(optimizer, loss, rate(run.step, options.steps, options.rate, options.fall, warm=100))
         average.update(model, run.step)
@@ -254,9 +261,16 @@ def train(options: argparse.Namespace) -> None:
             run.log(loss=mean_loss, **found, per_second=speed)
             loss_sum, since, began = torch.zeros((), device=device), run.step, time.monotonic()
     network: Any = average.network
-    export(network, scheduler, options, {**settings, "steps": run.step, "seconds": round(run.elapsed)})
+    told_after = {"steps": run.step, "seconds": round(run.elapsed), **before(options.start)}
+    export(network, scheduler, options, {**settings, **told_after})
     write_json(options.out / "held_out.json", [icons.rows[i] for i in judged])
     print(f"{options.out}: {run.step} steps of {options.batch}; {run.elapsed:.0f} s")
+
+
+def before(start: Path | None) -> dict[str, Any]:
+    """How the U-Net that a run went on from was made, where its model's folder says so."""
+    record = None if start is None else start.parent / "training.json"
+    return {"before": json.loads(record.read_text())} if record is not None and record.is_file() else {}
 
 
 def fingerprint(network: nn.Module) -> str:
