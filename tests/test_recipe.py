@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import calotype
+from calotype.nn.tiny_vae import AutoencoderTiny
 from calotype.weights.control import load_control
 from calotype.weights.load import load_parts, load_text_encoder, load_vae
 
@@ -134,6 +135,18 @@ def test_the_latents_are_centred_and_of_unit_scale(data: Path, autoencoder: Path
     z = load_vae(autoencoder).encode(render(icons, [Scene((i,)) for i in range(len(icons))]))[0]
     assert z.mean((0, 2, 3)).abs().max() < 0.02  # half precision's rounding, and no more
     assert (z.std((0, 2, 3)) - 1).abs().max() < 0.02
+
+
+def test_the_preview_decoder_learns_the_latents(data: Path, autoencoder: Path, tmp_path: Path) -> None:
+    import train_preview
+
+    own = {"channels": 8, "steps": 16, "batch": 2, "rate": 1e-2, "autoencoder": autoencoder, "save_every": 4}
+    train_preview.train(Namespace(**COMMON | own, data=data, out=tmp_path))
+    log = [json.loads(line)["psnr"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1] > log[0] + 1
+    tiny = load_vae(tmp_path)
+    assert isinstance(tiny, AutoencoderTiny)
+    assert tiny.decode(torch.zeros(1, 4, 16, 16)).shape == (1, 3, 128, 128)
 
 
 def test_the_base_model_draws(base: Path) -> None:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 from folders import write_json, write_part
-from resumable import Average, Run, descend, finite, pick_device, rate, rng
+from resumable import Average, Run, learn, pick_device, rng
 from scenes import any_scene, read_icons, render, unseen
-from torch import nn
+from torch import Tensor, nn
 from train_autoencoder import distance, disturbance, psnr
+from train_base import latents_of
 
 from calotype.nn.tiny_vae import AutoencoderTiny, TinyVAEConfig
 from calotype.nn.vae import AutoencoderKL
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="read that many icons, for a quick try")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16")
     train(parser.parse_args())
 
 
@@ -56,20 +58,21 @@ def train(options: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(net.parameters(), lr=options.rate, weight_decay=0.0)
     settings = {name: getattr(options, name) for name in ("channels", "batch", "rate", "seed")}
     run = Run(options.out, settings, {"net": net, "average": average, "optimizer": optimizer})
-    while run.step < options.steps:
-        dice = rng(options.seed, run.step)
+
+    def loss(step: int) -> Tensor:
+        dice = rng(options.seed, step)
         x = render(icons, [any_scene(seen, dice) for _ in range(options.batch)], device)
-        with torch.no_grad():
-            latents = (full.encode(x)[0] - config.shift_factor) * config.scaling_factor
-        y = net.decode(latents + disturbance(x, config, options.seed, run.step))
-        loss = distance(y, x) + (net.encode(x)[0] - latents).square().mean()
-        value = finite(loss, run.step)
-        descend(optimizer, loss, rate(run.step, options.steps, options.rate, fall=0.5))
-        average.update(net, run.step)
-        run.step += 1
-        if run.step % options.save_every == 0 or run.step == options.steps:
-            run.save()
-            run.log(loss=value, psnr=psnr(Preview(full, average.network), icons, judged[:96])[0])
+        with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
+            with torch.no_grad():
+                latents = latents_of(full, x)
+            y = net.decode(latents + disturbance(x, config, options.seed, step))
+            own = net.encode(x)[0]
+        return distance(y.float(), x) + (own.float() - latents).square().mean()
+
+    def figures() -> dict[str, float]:
+        return {"psnr": psnr(Preview(full, average.network), icons, judged[:96])[0]}
+
+    learn(run, options, net, average, optimizer, loss, fall=0.5, figures=figures)
     write_json(options.out / "training.json", {**settings, "steps": run.step, "seconds": round(run.elapsed)})
     write_part(options.out, "diffusion_pytorch_model", average.network.state_dict(), described(net.config))
     print(f"{options.out}: {run.step} steps; {run.elapsed:.0f} s")
