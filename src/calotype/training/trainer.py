@@ -147,12 +147,12 @@ def distill(
 
 def make_student(parts: Parts, settings: Settings, first: nn.Module | None = None) -> Student:
     """The student that the settings ask for, before its first step."""
-    if settings.mixed_precision == "bf16" and settings.lora:
-        parts.unet.to(torch.bfloat16)  # frozen; the factors are float32
     if settings.lora:
         student: Student = LoraStudent(parts, settings.lora_rank, settings.seed)
     else:
         student = FullStudent(parts.unet, first)  # type: ignore[arg-type]
+    if settings.mixed_precision == "bf16":
+        parts.unet.to(torch.bfloat16)  # the teacher is frozen; what is trained was made of it in float32, and stays so
     if settings.gradient_checkpointing:
         student.checkpoint_activations()
     if settings.compile:
