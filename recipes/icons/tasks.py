@@ -1,7 +1,7 @@
 """Draws the pictures of docs/tasks.md: `python recipes/icons/tasks.py docs/images`.
 
-The LoRAs' pictures are the base model's, all others the shipped model's. Every picture has seed 0 where no other is
-named; none was chosen.
+Image to image and inpainting are the shipped model's, the LoRAs the base model's. Every picture has seed 0 where no
+other is named; none was chosen.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 import calotype
-from calotype import video
 from calotype.images import grid, save_png
 
 HERE = Path(__file__).parent
-ADAPTERS = HERE / "adapters"
 SIDE = 128
 Shape = tuple[str, tuple[int, ...], str]  # what ImageDraw draws, where, in which colour
 
@@ -62,8 +60,6 @@ LORA_PROMPTS = (
     "crying face",
 )
 STYLE_SCALES = (0.4, 0.8, 1.2)
-MOVED = ("red heart", "basketball", "rocket", "grinning cat")
-FRAMES = 8
 
 
 def sketch(shapes: tuple[Shape, ...]) -> Image.Image:
@@ -100,41 +96,20 @@ def inpainting(engine: calotype.Engine) -> Image.Image:
 
 def loras(engine: calotype.Engine) -> Image.Image:
     """By rows: the base model in 25 steps and in 4, an LCM-LoRA, and a style beside it by weight."""
-    lcm = engine.add_lora(ADAPTERS / "lcm-lora.safetensors")
-    style = engine.add_lora(ADAPTERS / "badge.safetensors")
-    few = {"sampler": "tcd", "steps": 4, "guidance": 1.0}
+    lcm = engine.add_lora(HERE / "lcm-lora.safetensors")
+    style = engine.add_lora(HERE / "cyanotype.safetensors")
+    few = {"sampler": "lcm", "steps": 4, "guidance": 1.0}
     rows: list[tuple[str, dict[str, float], dict[str, object]]] = [
         ("base, 25 steps, guidance 5 (50 evaluations)", {}, {"steps": 25, "guidance": 5.0}),
         ("base, 4 steps, guidance 5 (8 evaluations)", {}, {"steps": 4, "guidance": 5.0}),
         ("LCM-LoRA, 4 steps, guidance 1 (4 evaluations)", {lcm: 1.0}, few),
-        *((f"LCM-LoRA 1.0 and badge {scale}", {lcm: 1.0, style: scale}, few) for scale in STYLE_SCALES),
+        *((f"LCM-LoRA 1.0 and cyanotype {scale}", {lcm: 1.0, style: scale}, few) for scale in STYLE_SCALES),
     ]
     pictures = []
     for _, mix, fields in rows:
         engine.set_loras(mix)
         pictures += [engine(prompt, seed=0, **fields).image for prompt in LORA_PROMPTS]
     return grid(pictures, len(LORA_PROMPTS), column_titles=LORA_PROMPTS, row_titles=[title for title, *_ in rows])
-
-
-def controls(engine: calotype.Engine) -> Image.Image:
-    """The edges of each sketch, and what is drawn along them: above with a ControlNet, below with a T2I-Adapter."""
-    names = {"ControlNet": ADAPTERS / "canny", "T2I-Adapter": ADAPTERS / "canny-adapter"}
-    for kind, folder in names.items():
-        engine.add_control(folder, name=kind)
-    pictures, titles = [], []
-    for name, prompts in IMAGE_TO_IMAGE:
-        hint = calotype.canny(sketch(SKETCHES[name]))
-        for kind in names:
-            steered = [calotype.Control(kind, image=hint)]
-            pictures += [hint, *(engine(prompt, controls=steered, seed=0).image for prompt in prompts)]
-            titles.append(f"{kind}: {', '.join(prompts)}")
-    return grid(pictures, columns=6, row_titles=titles)
-
-
-def motion(engine: calotype.Engine) -> list[Image.Image]:
-    """The frames of a clip of each prompt, clip after clip."""
-    engine.set_motion(ADAPTERS / "bounce")
-    return [frame for prompt in MOVED for frame in engine(prompt, frames=FRAMES, seed=0).frames]
 
 
 def main() -> None:
@@ -144,15 +119,9 @@ def main() -> None:
         "image-to-image": image_to_image(shipped),
         "inpainting": inpainting(shipped),
         "loras": loras(base),
-        "controls": controls(shipped),
     }
-    frames = motion(shipped)
-    sheets["motion"] = grid(frames, FRAMES, row_titles=MOVED)
     for name, sheet in sheets.items():
         save_png(sheet, folder / f"{name}.png")
-    # And moving: the clips side by side.
-    clips = [frames[i : i + FRAMES] for i in range(0, len(frames), FRAMES)]
-    video.save([grid(list(each), len(MOVED)) for each in zip(*clips, strict=True)], folder / "motion.webp", fps=8)
 
 
 if __name__ == "__main__":
