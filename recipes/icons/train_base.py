@@ -118,9 +118,9 @@ class Steps(Dataset[tuple[list[Scene], Tensor]]):
         return caption(self.icons, scene, dice)
 
 
-def attention_of(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Plain products on a CPU: the fused attention's way back, in bfloat16, takes up to six times as long."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+def attention_of(device: torch.device, float32: bool) -> contextlib.AbstractContextManager[None]:
+    """Plain products in bfloat16 on a CPU: there the fused attention's way back takes up to six times as long."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and not float32 else contextlib.nullcontext()
 
 
 def latents_of(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
@@ -222,8 +222,8 @@ def train(options: argparse.Namespace) -> None:
     assert isinstance(vae, AutoencoderKL)
     tokenizer = Tokenizer.load(options.text / "tokenizer")
     shown, judged = shown_and_held_out(icons.rows)
-    told = {"prediction_type": options.prediction}
-    scheduler = json.loads((BASE / "scheduler" / "scheduler_config.json").read_text()) | told
+    scheduler = json.loads((BASE / "scheduler" / "scheduler_config.json").read_text())
+    scheduler |= {"prediction_type": options.prediction}
     schedule = NoiseSchedule.from_config(scheduler).to(device)
     found = (
         f"{len(shown)} icons, {len(judged)} held out, {tokenizer.size} tokens, {len(names)} emoji in other languages"
@@ -247,7 +247,7 @@ def train(options: argparse.Namespace) -> None:
     for scenes, ids in loader:
         x0 = latents(scenes)
         noise, t = chances(x0, options.seed, run.step, schedule.T)
-        with autocast, attention_of(device):
+        with autocast, attention_of(device, options.float32):
             loss = loss_of(forward, schedule, x0, noise, t, ids.to(device)).mean()
         descend(optimizer, loss, rate(run.step, options.steps, options.rate, options.fall, warm=100))
         average.update(model, run.step)
@@ -261,8 +261,8 @@ def train(options: argparse.Namespace) -> None:
             run.log(loss=mean_loss, **found, per_second=speed)
             loss_sum, since, began = torch.zeros((), device=device), run.step, time.monotonic()
     network: Any = average.network
-    told_after = {"steps": run.step, "seconds": round(run.elapsed), **before(options.start)}
-    export(network, scheduler, options, {**settings, **told_after})
+    told = {**settings, "steps": run.step, "seconds": round(run.elapsed), **before(options.start)}
+    export(network, scheduler, options, told)
     write_json(options.out / "held_out.json", [icons.rows[i] for i in judged])
     print(f"{options.out}: {run.step} steps of {options.batch}; {run.elapsed:.0f} s")
 
