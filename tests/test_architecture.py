@@ -22,6 +22,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # errors. "*" is everything but the rooms in FRONT_ENDS.
 ROOMS: dict[str, str] = {
     "errors": "",
+    "precision": "",
     "schedule": "",
     "images": "",
     "masks": "images",
@@ -39,8 +40,8 @@ ROOMS: dict[str, str] = {
     "generate": "parts sampling request images latents schedule nn",
     "prepare": "generate parts sampling schedule request images masks latents nn",
     "lora": "nn weights parts families",
-    "engine": "generate prepare parts weights lora images video request schedule nn.motion text.inversion",
-    "training": "generate prepare sampling schedule weights lora parts images latents nn text request",
+    "engine": "generate prepare parts weights lora images video request schedule precision nn.motion text.inversion",
+    "training": "generate prepare sampling schedule precision weights lora parts images latents nn text request",
     "cli": "*",
     "__main__": "cli",
     "": "*",  # the package itself: it only names what the rooms make

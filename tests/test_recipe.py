@@ -157,6 +157,31 @@ def test_the_base_model_draws(base: Path) -> None:
     assert np.asarray(picture).tobytes() != np.asarray(other).tobytes()  # the text is read
 
 
+def test_packing_links_what_others_have(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import package
+
+    def pack(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["package.py", *map(str, arguments)])
+        package.main()
+
+    student, trained, out = tmp_path / "student", tmp_path / "trained", tmp_path / "kept" / "base"
+    pack(base, student)
+    pack(base, trained)
+    (student / "unet" / "config.json").write_text("{}")  # another U-Net
+    pack(base, out, "--share", student, "--share", trained)
+    links = {path.name: path.resolve().parent for path in out.iterdir() if path.is_symlink()}
+    assert links == {"tokenizer": student, "text_encoder": student, "vae": student, "unet": trained}
+    assert not (out / "state.pt").exists()
+    request: dict[str, Any] = {"steps": 1, "guidance": 1.0, "seed": 0}
+    drawn = [np.asarray(calotype.load(folder)("red circle", **request).image) for folder in (trained, out)]
+    assert np.array_equal(*drawn)
+    card = tmp_path / "card.md"
+    card.write_text("{base.steps} steps, and {base.nothing}")
+    with pytest.raises(SystemExit, match=r"names \{base\.nothing\}, which .* has no record of"):
+        pack(base, student, "--card", card)
+    assert (student / "unet" / "config.json").read_text() == "{}"  # as it was
+
+
 def test_a_stopped_stage_goes_on_as_if_it_had_not_been(
     data: Path, autoencoder: Path, text: Path, base: Path, tmp_path: Path
 ) -> None:
@@ -176,6 +201,20 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_been(
     train_base.train(options)
     for name, tensor in weights(tmp_path / "whole", "average").items():
         assert torch.equal(tensor, weights(tmp_path / "base", "average")[name]), name
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_bfloat16_is_used_where_the_processor_has_it(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import resumable
+
+    monkeypatch.setattr(resumable, "multiplies_bfloat16", lambda device: native)
+    cpu, x = torch.device("cpu"), torch.ones(2, 2)
+    with resumable.autocast(cpu):
+        assert (x @ x).dtype == (torch.bfloat16 if native else torch.float32)
+        assert torch.backends.cuda.flash_sdp_enabled() is not native  # plain attention beside it
+    with resumable.autocast(cpu, float32=True):
+        assert (x @ x).dtype == torch.float32
+        assert torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_a_run_with_other_settings_is_not_gone_on_with(data: Path, text: Path) -> None:

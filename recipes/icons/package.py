@@ -3,7 +3,7 @@
     python recipes/icons/package.py runs/base recipes/icons/base --share src/calotype/models/icons
     python recipes/icons/package.py runs/lcm src/calotype/models/icons --card recipes/icons/card.md --base runs/base
 
-The folder is replaced whole. --share FOLDER: parts that are the same there become links to it. --card FILE: becomes the
+The folder is replaced whole. --share FOLDER: parts that are the same there become links to it; may be given again. --card FILE: becomes the
 README.md, with {base.steps} and the like filled in from the records of the trainings, which --base FOLDER has.
 """
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--share", type=Path)
+    parser.add_argument("--share", type=Path, action="append", default=[])
     parser.add_argument("--card", type=Path)
     parser.add_argument("--base", type=Path, help="the base model that it was distilled from, as it was trained")
     parser.add_argument("--whole", action="store_true", help="a file a part, however large; else at most 15 MiB each")
@@ -48,11 +48,11 @@ def main() -> None:
                 shutil.copyfile(options.model / name, folder / name)
         if options.card is not None:
             (folder / "README.md").write_text(filled(options.card, options.base or options.model), encoding="utf-8")
-        if options.share is not None:
-            for name in ("tokenizer", *STEMS):
-                if same(folder / name, options.share / name):
-                    shutil.rmtree(folder / name)
-                    (folder / name).symlink_to(os.path.relpath(options.share / name, out))
+        for name in ("tokenizer", *STEMS):
+            shared = next((each / name for each in options.share if same(folder / name, each / name)), None)
+            if shared is not None:
+                shutil.rmtree(folder / name)
+                (folder / name).symlink_to(os.path.relpath(shared, out))
     sizes = {path: path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file() and not path.is_symlink()}
     total, largest = (size / 2**20 for size in (sum(sizes.values()), max(sizes.values())))
     print(f"{out}: {len(sizes)} files, {total:.1f} MiB, the largest {largest:.1f}")

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from folders import write_json, write_part
 from muon import Muon
-from resumable import Average, Run, learn, pick_device, rng
+from resumable import Average, Run, autocast, learn, pick_device, rng
 from scenes import SIZE, Icons, Scene, any_scene, read_icons, render, unseen
 from torch import Tensor, nn
 
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="read that many icons, for a quick try")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 where there is some")
     parser.add_argument("--compile", action="store_true", help="worth it on a GPU")
     options = parser.parse_args()
     train(options)
@@ -100,7 +100,7 @@ def train(options: argparse.Namespace) -> None:
     def loss(step: int) -> Tensor:
         x = batch(icons, seen, options, step, device)
         noise = disturbance(x, net.config, options.seed, step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
+        with autocast(device, options.float32):
             y = forward(x, noise)
         return distance(y.float(), x)
 

@@ -13,7 +13,6 @@ held-out loss, and the place to look whether the two were learnt apart.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shutil
 import time
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from folders import write_json, write_part
 from muon import Muon
-from resumable import Average, Run, descend, finite, pick_device, rate, rng
+from resumable import Average, Run, autocast, descend, finite, pick_device, rate, rng
 from safetensors.torch import load_file
 from scenes import (
     SIZE,
@@ -43,7 +42,6 @@ from scenes import (
     translated,
 )
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from train_text import name_in, text_content
 from words import tokens
@@ -86,7 +84,7 @@ def main() -> None:
         "--workers", type=int, default=0, help="processes that choose scenes and captions: 8 beside a GPU"
     )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 where there is some")
     parser.add_argument("--compile", action="store_true", help="worth it on a GPU")
     options = parser.parse_args()
     train(options)
@@ -118,11 +116,6 @@ class Steps(Dataset[tuple[list[Scene], Tensor]]):
         return caption(self.icons, scene, dice)
 
 
-def attention_of(device: torch.device, float32: bool) -> contextlib.AbstractContextManager[None]:
-    """Plain products in bfloat16 on a CPU: there the fused attention's way back takes up to six times as long."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and not float32 else contextlib.nullcontext()
-
-
 def latents_of(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """The latents (B, 4, H/8, W/8) in float32, as the U-Net takes them."""
     mean, _ = vae.encode(pictures)
@@ -132,8 +125,8 @@ def latents_of(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
 class Latents:
     """The latents of scenes: of icons on white from a table, of all others by the encoder."""
 
-    def __init__(self, vae: AutoencoderKL, icons: Icons, shown: Sequence[int], file: Path, autocast: Any) -> None:
-        self.vae, self.icons, self.autocast = vae, icons, autocast
+    def __init__(self, vae: AutoencoderKL, icons: Icons, shown: Sequence[int], file: Path, float32: bool) -> None:
+        self.vae, self.icons, self.float32 = vae, icons, float32
         self.device = next(vae.parameters()).device
         self.rows = {scene: i for i, scene in enumerate(Scene((i,), side) for i in shown for side in (False, True))}
         if file.is_file():
@@ -148,7 +141,7 @@ class Latents:
 
     @torch.no_grad()
     def encode(self, scenes: Sequence[Scene]) -> Tensor:
-        with self.autocast:
+        with autocast(self.device, self.float32):
             return latents_of(self.vae, render(self.icons, scenes, self.device))
 
     def __call__(self, scenes: Sequence[Scene]) -> Tensor:
@@ -237,8 +230,7 @@ def train(options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in kept} | {"autoencoder": fingerprint(vae)}
     run = Run(options.out, settings, {"model": model, "average": average, "optimizer": optimizer})
     forward: nn.Module = torch.compile(model) if options.compile else model  # type: ignore[assignment]
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=not options.float32)
-    latents = Latents(vae, icons, shown, options.out / "latents.safetensors", autocast)
+    latents = Latents(vae, icons, shown, options.out / "latents.safetensors", options.float32)
     steps = Steps(icons, shown, tokenizer, names, options.batch, options.seed)
     numbers = range(run.step, options.steps)
     loader = DataLoader(steps, sampler=numbers, batch_size=None, num_workers=options.workers)
@@ -247,7 +239,7 @@ def train(options: argparse.Namespace) -> None:
     for scenes, ids in loader:
         x0 = latents(scenes)
         noise, t = chances(x0, options.seed, run.step, schedule.T)
-        with autocast, attention_of(device, options.float32):
+        with autocast(device, options.float32):
             loss = loss_of(forward, schedule, x0, noise, t, ids.to(device)).mean()
         descend(optimizer, loss, rate(run.step, options.steps, options.rate, options.fall, warm=100))
         average.update(model, run.step)

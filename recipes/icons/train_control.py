@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from folders import write_json, write_part
-from resumable import Average, Run, learn, pick_device, rng
+from resumable import Average, Run, autocast, learn, pick_device, rng
 from scenes import read_icons, read_names, render, shown_and_held_out
 from torch import Tensor, nn
 from train_base import Steps, chances, latents_of, weighted
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="read that many icons, for a quick try")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 where there is some")
     train(parser.parse_args())
 
 
@@ -127,7 +127,7 @@ def train(options: argparse.Namespace) -> None:
             context = text(ids.to(device)).last
         noise, t = chances(x0, options.seed, step, schedule.T)
         x = schedule.add_noise(x0, noise, t)
-        with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
+        with autocast(device, options.float32):
             out = model(x, t, context, edges(pictures).to(device))
         return weighted(schedule, out.float(), x, x0, t).mean()
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from folders import write_json, write_part
-from resumable import Average, Run, learn, pick_device
+from resumable import Average, Run, autocast, learn, pick_device
 from scenes import Scene, read_icons, read_names, render, shown_and_held_out
 from torch import Tensor, nn
 from train_base import Steps, chances, latents_of, weighted
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="read that many icons, for a quick try")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 where there is some")
     train(parser.parse_args())
 
 
@@ -123,13 +123,13 @@ def train(options: argparse.Namespace) -> None:
     def loss(step: int) -> Tensor:
         scenes, ids = steps[step]
         white = [Scene(scene.icons, scene.mirrored) for scene in scenes]  # what moves has no background
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
+        with torch.no_grad(), autocast(device, options.float32):
             x0 = latents_of(vae, clips(render(icons, white, device), options.motion, options.frames))
             context = text(ids.to(device)).last.repeat_interleave(options.frames, 0)
         noise, t = chances(x0, options.seed, step, schedule.T)
         t = t[:: options.frames].repeat_interleave(options.frames)  # one for all frames of a clip
         x = schedule.add_noise(x0, noise, t)
-        with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
+        with autocast(device, options.float32):
             output = unet(x, t, Conditioning(context), frames=options.frames)
         return weighted(schedule, output.float(), x, x0, t).mean()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from folders import write_json, write_part
-from resumable import Average, Run, learn, pick_device, rng
+from resumable import Average, Run, autocast, learn, pick_device, rng
 from scenes import any_scene, read_icons, render, unseen
 from torch import Tensor, nn
 from train_autoencoder import distance, disturbance, psnr
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="read that many icons, for a quick try")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 where there is some")
     train(parser.parse_args())
 
 
@@ -62,7 +62,7 @@ def train(options: argparse.Namespace) -> None:
     def loss(step: int) -> Tensor:
         dice = rng(options.seed, step)
         x = render(icons, [any_scene(seen, dice) for _ in range(options.batch)], device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
+        with autocast(device, options.float32):
             with torch.no_grad():
                 latents = latents_of(full, x)
             y = net.decode(latents + disturbance(x, config, options.seed, step))

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from folders import read_part, write_json, write_part
-from resumable import Average, Run, learn, pick_device, rng
+from resumable import Average, Run, autocast, learn, pick_device, rng
 from scenes import (
     STYLES,
     Icons,
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="read that many icons, for a quick try")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 where there is some")
     train(parser.parse_args())
 
 
@@ -208,7 +208,7 @@ def train(options: argparse.Namespace) -> None:
         told = batches(step, options.batch)
         x = render(icons, [one.scene for one in told], device)
         ids, truth = tokens(tokenizer, [one.text for one in told]).to(device), truths(told, icons).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
+        with autocast(device, options.float32):
             logits = model(x, ids)
         return loss_of(logits, truth)
 

@@ -22,6 +22,7 @@ from calotype.lora.live import Scale
 from calotype.lora.names import MOTION
 from calotype.nn import motion
 from calotype.parts import Motion, Parts, Stored
+from calotype.precision import warn_of_emulation
 from calotype.prepare import prepare, resolve, seeds
 from calotype.request import Request, adapter_name
 from calotype.schedule import NoiseSchedule
@@ -329,6 +330,8 @@ def load(
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"dtype is {dtype!r}: allowed are auto, {', '.join(DTYPES)}")
     name = ("float32" if where.type == "cpu" else "float16") if dtype == "auto" else dtype
+    if name == "bfloat16":
+        warn_of_emulation(where, "dtype bfloat16", "float32")
     refs = {key: None if ref is None else str(ref) for key, ref in (("model", model), ("unet", unet), ("vae", vae))}
     parts = load_parts(
         refs["model"],

@@ -320,6 +320,7 @@ def test_an_optimizer_that_is_not_installed(tiny_sd15: Path, pictures: Path, tmp
         run(tiny_sd15, pictures, tmp_path / "o", max_train_steps=1, optimizer="adamw8bit")
 
 
+@pytest.mark.filterwarnings("ignore:.* no bfloat16 products:calotype.CalotypeWarning")
 @pytest.mark.parametrize("lora", [False, True])
 def test_bfloat16_trains_near_float32(lora: bool, tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None:
     losses = []

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from calotype.errors import CalotypeError, CalotypeWarning, CheckpointError, OutputError, UsageError
 from calotype.parts import Parts
+from calotype.precision import warn_of_emulation
 from calotype.schedule import NoiseSchedule
 from calotype.training import checkpoint
 from calotype.training.card import Run
@@ -112,6 +113,8 @@ def distill(
             raise UsageError("fsdp takes several processes", hint="start it with torchrun --nproc-per-node N")
         output = Path(output)
         if ranks.first:
+            if chosen.mixed_precision == "bf16":
+                warn_of_emulation(ranks.device, "mixed_precision bf16", "mixed_precision no")
             _check_output(output, resume)
         ranks.barrier()
         encoded = output / "cache" if cache is None else Path(cache)

@@ -1,0 +1,28 @@
+"""Which devices multiply bfloat16 themselves. On others PyTorch emulates such products, slowly."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+
+import torch
+
+from calotype.errors import CalotypeWarning
+
+X86 = ("x86_64", "AMD64")
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is worth using on a device: on a GPU, and on processors with AMX, AVX-512 BF16 or ARM's BF16."""
+    if device.type != "cpu":
+        return True
+    if platform.machine() in X86:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # type: ignore[no-any-return]
+
+
+def warn_of_emulation(device: torch.device, setting: str, instead: str) -> None:
+    """A CalotypeWarning where bfloat16, as `setting` asks for it, is slower than `instead`."""
+    if not multiplies_bfloat16(device):
+        why = "this processor has no bfloat16 products and emulates them slowly"
+        warnings.warn(f"{setting}: {why}; {instead} is faster here", CalotypeWarning, stacklevel=3)
