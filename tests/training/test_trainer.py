@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import calotype
 from calotype.errors import CalotypeError, CalotypeWarning, CheckpointError, UsageError
+from calotype.lora import LoRA
 from calotype.nn.unet import Conditioning
 from calotype.training import checkpoint
 from calotype.training.dataset import Dataset, Samples
@@ -137,8 +138,34 @@ def test_a_lora_starts_as_the_teacher_and_leaves_it_alone(tiny_sd15: Path) -> No
     assert all(torch.equal(before[name], tensor) for name, tensor in parts.unet.state_dict().items())
 
 
-def test_resuming_a_lora_is_exact(tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"lora": True, "lora_rank": 4, "max_train_steps": 5}
+@pytest.mark.parametrize("decay", [0.0, 0.75])
+def test_the_target_of_a_lora_follows_it(decay: float, tiny_sd15: Path) -> None:
+    """The result too. With no decay both are the student as it is."""
+    student = make_student(load_parts(tiny_sd15), Settings(lora=True, lora_rank=4, ema_decay=decay))
+    first = [parameter.detach().clone() for parameter in student.parameters]
+    for parameter in student.parameters:
+        torch.nn.init.normal_(parameter, std=0.1)
+    last = [parameter.detach().clone() for parameter in student.parameters]
+    for _ in range(2):
+        student.follow(decay)
+    wanted = [old * decay**2 + new * (1 - decay**2) for old, new in zip(first, last, strict=True)]
+    outcome = student.outcome()
+    assert isinstance(outcome, LoRA)
+    found = [factor for delta in outcome.deltas["unet"].values() for factor in delta.tensors()]
+    torch.testing.assert_close(found, wanted)
+
+    x, t, conditioning = torch.randn(2, 4, 8, 8), torch.tensor([999, 259]), Conditioning(torch.randn(2, 77, 32))
+    with torch.no_grad():
+        target = student.target(x, t, conditioning)
+        assert (target - student.network(x, t, conditioning)).abs().max() < 1e-4 or decay
+        for parameter, average in zip(student.parameters, wanted, strict=True):
+            parameter.copy_(average)
+        torch.testing.assert_close(student.network(x, t, conditioning), target, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_resuming_a_lora_is_exact(decay: float, tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"lora": True, "lora_rank": 4, "max_train_steps": 5, "ema_decay": decay}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(tiny_sd15, pictures, whole, **settings)
     for step in calotype.distill(tiny_sd15, pictures, parts, **SMALL, **settings):
@@ -298,7 +325,7 @@ def test_recomputed_activations_give_the_same_gradients(tiny_sd15: Path) -> None
     found = []
     for recomputed in (False, True):
         parts = load_parts(tiny_sd15)
-        student = make_student(parts, Settings(lora=True, lora_rank=4, gradient_checkpointing=recomputed))
+        student = make_student(parts, Settings(lora=True, lora_rank=4, gradient_checkpointing=recomputed, ema_decay=0))
         generator = torch.Generator().manual_seed(0)
         x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 77, 32, generator=generator)
         for parameter in student.parameters:  # away from the zeros that it starts at

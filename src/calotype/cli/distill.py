@@ -148,7 +148,7 @@ def distill(
     ] = 1.0,
     ema_decay: Annotated[
         float,
-        typer.Option(parser=parse.number, metavar="D", help="Of a full student's target.", rich_help_panel=RATE),
+        typer.Option(parser=parse.number, metavar="D", help="Of target and result; 0: none.", rich_help_panel=RATE),
     ] = 0.95,
     w_min: Annotated[
         float, typer.Option(parser=parse.number, metavar="W", help="Least guidance - 1.", rich_help_panel=GUIDANCE)

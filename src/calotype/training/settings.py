@@ -42,7 +42,7 @@ class Settings:
     skipping_step: int = 20  # the paper's k: timesteps that the teacher's solver jumps
     solver_substeps: int = 1  # in which it goes there
     timestep_power: float = 1.0  # of the uniform number that picks a timestep: 2 sees half of all below T / 4
-    ema_decay: float = 0.95
+    ema_decay: float = 0.95  # of the average that is target and result; 0: they are the student as it is
     loss_type: str = "huber"
     huber_c: float = 0.001
     optimizer: str = "adamw"  # or "adamw8bit", of bitsandbytes

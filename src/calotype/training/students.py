@@ -131,28 +131,43 @@ class FullStudent(Student):
 class LoraStudent(Student):
     """A LoRA on the teacher: one network in memory, which is the teacher with the adapter off.
 
-    There is no guidance embedding, and the target is the student itself, without gradients, as the released adapters
-    were trained. The change starts as nothing: `down` is drawn as a layer's weight is, `up` is zero.
+    There is no guidance embedding. The target is the student itself, without gradients, as the released adapters were
+    trained; or, `averaged`, target and result are a moving average of the factors, as a full student's are of its
+    weights. Without one, rates that teach a LoRA in some hundred updates leave its pictures blotched
+    (docs/notes/shipped-model.md). The change starts as nothing: `down` is drawn as a layer's weight is, `up` is zero.
     """
 
     module: Adapted
 
-    def __init__(self, parts: Parts, rank: int, seed: int = 0) -> None:
+    def __init__(self, parts: Parts, rank: int, seed: int = 0, averaged: bool = False) -> None:
         self._unet = parts.unet.requires_grad_(False)
         self.module = self.network = Adapted(parts.unet, rank, seed)
+        self._averaged = averaged
+        if averaged:
+            for layer in self.module.layers.values():
+                layer.average = (layer.down.detach().clone(), layer.up.detach().clone())
         self.result = self.target = partial(self.module.run, Mode.MERGED)
         self.teacher = partial(self.module.run, Mode.OFF)
         self.config = parts.unet.config
 
     def outcome(self) -> LoRA:
-        deltas = {f"{name}.weight": layer.delta for name, layer in self.module.layers.items()}
+        deltas = {f"{name}.weight": LowRank(*layer.merged) for name, layer in self.module.layers.items()}
         return LoRA("student", None, {"unet": deltas})
 
+    @torch.no_grad()
     def follow(self, decay: float) -> None:
-        """The target is the student."""
+        if self._averaged:  # else the target is the student
+            torch._foreach_lerp_(self._averages(), self.parameters, 1 - decay)
 
     def files(self) -> Files:
-        return {"student": {name: parameter.detach() for name, parameter in self.module.named_parameters()}}
+        files = {"student": {name: parameter.detach() for name, parameter in self.module.named_parameters()}}
+        if self._averaged:
+            files["ema"] = dict(zip(files["student"], self._averages(), strict=True))
+        return files
+
+    def _averages(self) -> list[Tensor]:
+        """In the order of the parameters."""
+        return [each for layer in self.module.layers.values() for each in layer.merged]
 
     def checkpoint_activations(self) -> None:
         _recompute(self._unet)
@@ -169,7 +184,7 @@ class Mode:
 
     OFF = "off"  # what it was
     ON = "on"  # with the adapter: gradients reach the factors
-    MERGED = "merged"  # the same without gradients
+    MERGED = "merged"  # the same without gradients; of a student with an average, that
 
 
 class Adapted(nn.Module):
@@ -216,25 +231,28 @@ class AdaptedLayer(nn.Module):
         kind = torch.promote_types(weight.dtype, torch.float32)  # trained in float32 on a bfloat16 base
         self.down = nn.Parameter(down.to(weight.device, kind))
         self.up = nn.Parameter(torch.zeros(out, rank, *[1] * (len(ins) - 1), device=weight.device, dtype=kind))
+        self.average: tuple[Tensor, Tensor] | None = None
         self._layer, self._mode, self._plain = (layer,), mode, layer.forward
         layer.forward = self.forward  # type: ignore[method-assign,assignment]
 
     @property
-    def delta(self) -> LowRank:
-        return LowRank(self.down, self.up)
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """The factors down and up that others see: their average where there is one."""
+        return (self.down, self.up) if self.average is None else self.average
 
     def forward(self, x: Tensor) -> Tensor:
         (layer,), mode = self._layer, self._mode()
         if mode == Mode.OFF:
             return self._plain(x)
+        down, up = self.merged if mode == Mode.MERGED else (self.down, self.up)
         if self._is_shorter_merged(x, gradients=mode == Mode.ON and torch.is_grad_enabled()):
-            weight = layer.weight + (self.up.flatten(1) @ self.down.flatten(1)).view_as(layer.weight)
+            weight = layer.weight + (up.flatten(1) @ down.flatten(1)).view_as(layer.weight)
             if isinstance(layer, nn.Linear):
                 return F.linear(x, weight, layer.bias)
             return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding)
         if isinstance(layer, nn.Linear):
-            return self._plain(x) + F.linear(F.linear(x, self.down), self.up)
-        return self._plain(x) + F.conv2d(F.conv2d(x, self.down, None, layer.stride, layer.padding), self.up)
+            return self._plain(x) + F.linear(F.linear(x, down), up)
+        return self._plain(x) + F.conv2d(F.conv2d(x, down, None, layer.stride, layer.padding), up)
 
     def _is_shorter_merged(self, x: Tensor, gradients: bool) -> bool:
         """Whether up @ down, added to the weight, takes fewer multiplications than passing x through the factors.

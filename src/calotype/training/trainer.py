@@ -151,7 +151,7 @@ def distill(
 def make_student(parts: Parts, settings: Settings, first: nn.Module | None = None) -> Student:
     """The student that the settings ask for, before its first step."""
     if settings.lora:
-        student: Student = LoraStudent(parts, settings.lora_rank, settings.seed)
+        student: Student = LoraStudent(parts, settings.lora_rank, settings.seed, averaged=settings.ema_decay > 0)
     else:
         student = FullStudent(parts.unet, first)  # type: ignore[arg-type]
     if settings.mixed_precision == "bf16":
