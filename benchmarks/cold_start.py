@@ -24,16 +24,16 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=SHIPPED)
     parser.add_argument("--runs", type=int, default=7)
     args = parser.parse_args()
-    guidance = json.loads((args.folder / "calotype.json").read_text())["guidance"]
-    same = ["astronaut", "--steps", "4", "--seed", "0", "--guidance", str(guidance)]
-    ours_only = ["--sampler", "lcm"]  # diffusers' default for this folder, not ours
+    defaults = json.loads((args.folder / "calotype.json").read_text())
+    same = ["astronaut", "--steps", "4", "--seed", "0", "--guidance", str(defaults["guidance"])]
+    theirs_only = ["--eta", "0.3"] if defaults["sampler"] == "tcd" else []  # which is our default, and not theirs
     with tempfile.TemporaryDirectory() as scratch:
         ours, theirs = Path(scratch, "calotype.png"), Path(scratch, "diffusers.png")
         peer = str(ROOT / "benchmarks/peer_diffusers.py")
         model = [] if args.folder == SHIPPED else ["--model", str(args.folder)]
         commands = {
-            "calotype": [CALOTYPE, *same, *ours_only, "-o", str(ours), *model],
-            "diffusers": [sys.executable, peer, str(args.folder), *same, "-o", str(theirs)],
+            "calotype": [CALOTYPE, *same, "-o", str(ours), *model],
+            "diffusers": [sys.executable, peer, str(args.folder), *same, *theirs_only, "-o", str(theirs)],
             "python -c 'import torch'": [sys.executable, "-c", "import torch"],
         }
         results = interleaved(commands, args.runs)

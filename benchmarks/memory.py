@@ -66,7 +66,6 @@ PIPELINE = {
     "feature_extractor": [None, None],
     "safety_checker": [None, None],
     "requires_safety_checker": False,
-    "scheduler": ["diffusers", "LCMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
@@ -191,7 +190,8 @@ def write(folder: Path) -> None:
         save_file(weights, folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
     for name in ("tokenizer", "scheduler"):
         shutil.copytree(SHIPPED / name, folder / name)
-    (folder / "model_index.json").write_text(json.dumps(PIPELINE))
+    scheduler = json.loads((SHIPPED / "model_index.json").read_text())["scheduler"]
+    (folder / "model_index.json").write_text(json.dumps(PIPELINE | {"scheduler": scheduler}))
 
 
 def repeated(noise: Tensor, shape: Sequence[int]) -> Tensor:

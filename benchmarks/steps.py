@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from diffusers import LatentConsistencyModelPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import calotype
@@ -44,7 +44,7 @@ def main() -> None:
 def stages(folder: Path) -> dict[str, tuple[Stage, Stage]]:
     """Stage -> ours and theirs, which compute the same tensor."""
     parts = calotype.load(folder, device="cpu").parts
-    pipeline = LatentConsistencyModelPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     side = parts.unet.config.sample_size
     x, t = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)), torch.tensor([499])
     conditioning, _ = condition(parts, ["astronaut"], "", GUIDANCE, (parts.defaults.width, parts.defaults.height))

@@ -3,8 +3,9 @@
     python recipes/icons/package.py runs/base recipes/icons/base --share src/calotype/models/icons
     python recipes/icons/package.py runs/lcm src/calotype/models/icons --card recipes/icons/card.md --base runs/base
 
-The folder is replaced whole. --share FOLDER: parts that are the same there become links to it; may be given again. --card FILE: becomes the
-README.md, with {base.steps} and the like filled in from the records of the trainings, which --base FOLDER has.
+The folder is replaced whole. --share FOLDER, as often as you like: parts that are the same there become links to it.
+--card FILE: becomes the README.md, with {base.steps} and the like filled in from the records of the trainings, which
+--base FOLDER has.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import argparse
 import filecmp
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from folders import SHARD, read_part, write_part
 
 from calotype.weights.write import replacing_folder
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 FILES = ("calotype.json", "training.json", "distillation.json", "model_index.json")
+WEIGHTS = re.compile(r"\.safetensors(\.index\.json)?$")
 RECORDS = {"base": "training.json", "autoencoder": "vae/training.json"}  # so that a card can say {base.steps}
 
 
@@ -67,11 +71,14 @@ def repack(source: Path, folder: Path, stem: str, shard: int) -> None:
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same files."""
-    names = sorted(path.name for path in one.iterdir())
-    if not other.is_dir() or names != sorted(path.name for path in other.iterdir()):
+    """Whether two folders hold the same: the same tensors, in whatever files, and the same beside them."""
+    if not other.is_dir():
         return False
-    return filecmp.cmpfiles(one, other, names, shallow=False)[0] == names
+    beside = [sorted(path.name for path in each.iterdir() if not WEIGHTS.search(path.name)) for each in (one, other)]
+    if beside[0] != beside[1] or filecmp.cmpfiles(one, other, beside[0], shallow=False)[0] != beside[0]:
+        return False
+    tensors, others = read_part(one), read_part(other)
+    return tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
 def filled(card: Path, base: Path) -> str:

@@ -1,9 +1,9 @@
-"""Unpacks the captioned icons of one style into a folder that `calotype distill` reads.
+"""Unpacks the captioned icons of one style into a folder that `calotype distill` and train_style.py read.
 
-    python recipes/icons/prepare.py ICONS OUT [--style flat] [--cyanotype]
+    python recipes/icons/prepare.py ICONS OUT [--style badge]
 
 ICONS holds pictures-128.tar and manifest.jsonl. A picture's captions are its name, mostly bare and sometimes in a
-phrase, as the base model has learnt them. --cyanotype prints them in blue: a style that the base model has not seen.
+phrase: the style is not named, so that a LoRA of it needs no word. `badge` is the style that the base model never saw.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import json
 import tarfile
 from pathlib import Path
 
-from PIL import Image, ImageOps
-
-from calotype.images import on_white
+from scenes import LIST, TAR, UNTOLD
 
 
 def captions(name: str) -> list[str]:
@@ -23,36 +21,26 @@ def captions(name: str) -> list[str]:
     return [name] * 6 + [f"a {name}", f"an emoji of {name}", f"{name} emoji", f"{name} icon"]
 
 
-def cyanotype(picture: Image.Image) -> Image.Image:
-    """As that process prints it: Prussian blue for what is dark, on pale paper."""
-    grey = ImageOps.grayscale(on_white(picture))
-    return ImageOps.colorize(grey, (10, 30, 110), (225, 240, 255), mid=(60, 120, 220))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("icons", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--style", default="flat")
-    parser.add_argument("--cyanotype", action="store_true")
+    parser.add_argument("--style", default=UNTOLD)
     options = parser.parse_args()
 
-    rows = [json.loads(line) for line in (options.icons / "manifest.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (options.icons / LIST).read_text(encoding="utf-8").splitlines()]
     chosen = {f"{row['id']:05d}.webp": row["caption"] for row in rows if row["style"] == options.style}
+    if not chosen:
+        styles = ", ".join(sorted({row["style"] for row in rows}))
+        raise SystemExit(f"--style {options.style}: no icon has it; there are {styles}")
     options.out.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(options.icons / "pictures-128.tar") as tar:
+    with tarfile.open(options.icons / TAR) as tar:
         for member in tar:
-            name = Path(member.name).name
-            if name in chosen:
-                file = tar.extractfile(member)
-                assert file is not None
-                if options.cyanotype:
-                    with Image.open(file) as picture:
-                        cyanotype(picture).save(options.out / name, lossless=True)
-                else:
-                    (options.out / name).write_bytes(file.read())
+            file = tar.extractfile(member) if member.name in chosen else None
+            if file is not None:
+                (options.out / member.name).write_bytes(file.read())
     lines = [json.dumps({"file_name": name, "text": captions(text)}) for name, text in sorted(chosen.items())]
-    (options.out / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    (options.out / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{len(lines)} pictures in {options.out}")
 
 

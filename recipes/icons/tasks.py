@@ -59,7 +59,7 @@ LORA_PROMPTS = (
     "red heart",
     "crying face",
 )
-STYLE_SCALES = (0.4, 0.8, 1.2)
+STYLE_SCALES = (0.4, 0.6, 0.8)
 
 
 def sketch(shapes: tuple[Shape, ...]) -> Image.Image:
@@ -97,13 +97,13 @@ def inpainting(engine: calotype.Engine) -> Image.Image:
 def loras(engine: calotype.Engine) -> Image.Image:
     """By rows: the base model in 25 steps and in 4, an LCM-LoRA, and a style beside it by weight."""
     lcm = engine.add_lora(HERE / "lcm-lora.safetensors")
-    style = engine.add_lora(HERE / "cyanotype.safetensors")
-    few = {"sampler": "lcm", "steps": 4, "guidance": 1.0}
+    style = engine.add_lora(HERE / "badge.safetensors")
+    few = {"sampler": "tcd", "steps": 4, "guidance": 1.0}
     rows: list[tuple[str, dict[str, float], dict[str, object]]] = [
         ("base, 25 steps, guidance 5 (50 evaluations)", {}, {"steps": 25, "guidance": 5.0}),
         ("base, 4 steps, guidance 5 (8 evaluations)", {}, {"steps": 4, "guidance": 5.0}),
         ("LCM-LoRA, 4 steps, guidance 1 (4 evaluations)", {lcm: 1.0}, few),
-        *((f"LCM-LoRA 1.0 and cyanotype {scale}", {lcm: 1.0, style: scale}, few) for scale in STYLE_SCALES),
+        *((f"LCM-LoRA 1.0 and badge {scale}", {lcm: 1.0, style: scale}, few) for scale in STYLE_SCALES),
     ]
     pictures = []
     for _, mix, fields in rows:

@@ -72,6 +72,7 @@ class Pair:
         height: int,
         negative_prompt: str = "",
         clip_skip: int | None = None,
+        gamma: float = 0.3,
     ) -> Picture:
         """Through the pipeline that model_index.json names. Latents are those that it decodes."""
         caught: list[Tensor] = []
@@ -81,6 +82,8 @@ class Pair:
             return {}
 
         arguments: dict[str, Any] = {"clip_skip": clip_skip}
+        if isinstance(self.pipeline.scheduler, diffusers.TCDScheduler):
+            arguments["eta"] = gamma  # the pipeline's default is 0, ours and the scheduler's 0.3
         if negative_prompt:  # left out, SDXL takes zeros instead of the empty text
             arguments["negative_prompt"] = negative_prompt
         result = self.pipeline(
