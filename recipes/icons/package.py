@@ -42,6 +42,7 @@ def main() -> None:
     if not (options.model / "model_index.json").is_file():
         raise SystemExit(f"{options.model} is no finished model: it lacks model_index.json")
     out: Path = options.out
+    out.parent.mkdir(parents=True, exist_ok=True)
     with replacing_folder(out) as folder:
         for name in ("tokenizer", "scheduler"):
             shutil.copytree(options.model / name, folder / name)

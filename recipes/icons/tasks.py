@@ -42,6 +42,7 @@ IMAGE_TO_IMAGE = (
     ("car", ("fire engine", "taxi", "bus", "delivery truck", "racing car")),
     ("face", ("grinning face", "angry face", "face with tears of joy", "crying face", "smiling face with heart-eyes")),
 )
+STRENGTH = 0.7
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
 # What is there, what is painted, and the ellipse of the mask.
 INPAINTING = (
@@ -74,8 +75,8 @@ def image_to_image(engine: calotype.Engine) -> Image.Image:
     pictures, titles = [], []
     for name, prompts in IMAGE_TO_IMAGE:
         start = sketch(SKETCHES[name])
-        pictures += [start, *(engine(prompt, image=start, strength=0.5, seed=0).image for prompt in prompts)]
-        titles.append(f"{', '.join(prompts)}; strength 0.5")
+        pictures += [start, *(engine(prompt, image=start, strength=STRENGTH, seed=0).image for prompt in prompts)]
+        titles.append(f"{', '.join(prompts)}; strength {STRENGTH}")
     start = sketch(SKETCHES["person"])
     pictures += [start, *(engine("vampire", image=start, strength=each, seed=0).image for each in STRENGTHS)]
     titles.append(f"vampire; strength {', '.join(map(str, STRENGTHS))}")

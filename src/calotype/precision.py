@@ -18,7 +18,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return True
     if platform.machine() in X86:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # type: ignore[no-any-return]
+    found = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(found and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def warn_of_emulation(device: torch.device, setting: str, instead: str) -> None:
