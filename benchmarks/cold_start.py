@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from calotype.training.card import PEERS
 from measure import CALOTYPE, ROOT, SHIPPED, interleaved, ratio, report, verdict
 
 TARGET = 0.5  # of diffusers' time
@@ -26,7 +27,8 @@ def main() -> None:
     args = parser.parse_args()
     defaults = json.loads((args.folder / "calotype.json").read_text())
     same = ["astronaut", "--steps", "4", "--seed", "0", "--guidance", str(defaults["guidance"])]
-    theirs_only = ["--eta", "0.3"] if defaults["sampler"] == "tcd" else []  # which is our default, and not theirs
+    _, _, beside = PEERS[defaults["sampler"]]  # what our default is, and not theirs
+    theirs_only = [part for name, value in beside.items() for part in (f"--{name}", str(value))]
     with tempfile.TemporaryDirectory() as scratch:
         ours, theirs = Path(scratch, "calotype.png"), Path(scratch, "diffusers.png")
         peer = str(ROOT / "benchmarks/peer_diffusers.py")
