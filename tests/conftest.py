@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 from collections.abc import Callable
@@ -9,8 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from checkpoints import write_model
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes that test side by side (pytest-xdist) share the cores: small networks are slower on many threads."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests stay in one process, which loads their models once; the parity matrix is divided by family."""
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        family = getattr(parameters.get("cell"), "family", parameters.get("family", ""))
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {family}".strip()))
 
 
 @pytest.fixture(autouse=True)

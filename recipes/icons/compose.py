@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from resumable import rng
-from scenes import caption, read_icons, read_names, render, shown_and_held_out, told_scene, translated, weight
+from scenes import Mix, caption, read_icons, read_names, render, shown_and_held_out, told_scene, translated, weight
 
 from calotype.images import to_pil
 from calotype.weights.write import replacing
@@ -33,6 +33,7 @@ def main() -> None:
     started = time.monotonic()
     icons, names = read_icons(options.data, options.limit), read_names(options.data)
     shown, _ = shown_and_held_out(icons.rows)
+    mix = Mix(icons, shown)
     options.out.mkdir(parents=True, exist_ok=True)
     lines = []
     for copy in range(options.copies):
@@ -40,9 +41,9 @@ def main() -> None:
             row, dice = icons.rows[i], rng(options.seed, copy * len(icons) + i)
             if dice.random() >= weight(row):
                 continue
-            scene = told_scene(icons, i, shown[int(dice.integers(len(shown)))], dice)
+            scene = told_scene(icons, i, mix.mate(i, dice), dice)
             texts = [caption(icons, scene, dice) for _ in range(CAPTIONS)]
-            if names.get(row["hex"] or "") and scene.plain:
+            if names.get(row["hex"] or "") and row["usual"] and scene.plain:
                 texts.append(translated(names[row["hex"]], dice))
             path = options.out / f"{row['id']:05d}-{copy}.webp"
             if not path.is_file():

@@ -1,6 +1,7 @@
 """Training pictures out of icons: which icons, how changed, on what background; drawn, and described in words.
 
-The icons are transparent, so one drawing makes many pictures: mirrored, in another hue, on a colour, two side by side.
+The icons are transparent, so one drawing makes many pictures: in another hue, on a colour, two side by side. They are
+not mirrored: it would double what has to be learnt, and no word says which of the two is meant.
 """
 
 from __future__ import annotations
@@ -48,17 +49,20 @@ STYLES = {
     "flat ui": ("ui icon",),
     "glossy ui": ("glossy ui icon",),
 }
+# What a name alone means: drawings of one shape in three finishes. Were it any of sixteen, a caption without a style
+# would be answered with their mean. Of these flat and 3d are drawn twice as often as the others.
+USUAL = {"flat", "gradient", "3d"}
 WEIGHTS = {
-    "gradient": 0.5,  # nearly the same pictures as 3d
-    "line art": 0.3,
-    **dict.fromkeys(("weather", "sticker"), 0.7),
-    **dict.fromkeys(("outlined color", "flat ui", "glossy ui"), 0.4),
+    **dict.fromkeys(STYLES, 0.5),
+    **dict.fromkeys(("flat", "3d"), 1.0),
+    "gradient": 0.25,  # nearly the same pictures as 3d
+    "line art": 0.15,
+    **dict.fromkeys(("weather", "sticker"), 0.35),
+    **dict.fromkeys(("clip art", "outlined color", "flat ui", "glossy ui"), 0.2),
 }
+UNSAID = 0.15  # share of the others' captions without a style all the same
 UNTOLD = "badge"  # a style that the models never see: train_style.py teaches it to them
 CROWDED = {"people-body", "symbols"}  # a quarter of all emoji: each counts half
-SIDED = re.compile(
-    r"\b(left|right|leftwards?|rightwards?|east|west|clock|o.clock|thirty|arrow|button|sign|mark|letters?)\b"
-)
 PAINTED = {"animals-nature", "food-drink", "travel-places", "objects", "activities"}  # of another hue they are still it
 
 BACKGROUNDS = {
@@ -96,6 +100,9 @@ def read_icons(folder: Path, limit: int | None = None) -> Icons:
         if not (folder / name).is_file():
             raise SystemExit(f"{folder / name} is missing: make it with recipes/icons/draw.py")
     rows = [json.loads(line) for line in (folder / LIST).read_text(encoding="utf-8").splitlines()]
+    usual = {row["caption"] for row in rows if row["style"] in USUAL}
+    for row in rows:
+        row["usual"] = row["style"] in USUAL or row["caption"] not in usual  # whether its name alone means it
     if limit is not None:
         rows = rows[:: max(1, len(rows) // limit)][:limit]
     index = {f"{row['id']:05d}.webp": i for i, row in enumerate(rows)}
@@ -149,20 +156,35 @@ def shown_and_held_out(rows: Sequence[dict[str, Any]], count: int = 200) -> tupl
 
 def weight(row: dict[str, Any]) -> float:
     """How often a picture is drawn, beside the others."""
-    return WEIGHTS.get(row["style"], 1.0) * (0.5 if row["group"] in CROWDED else 1.0)
+    return WEIGHTS[row["style"]] * (0.5 if row["group"] in CROWDED else 1.0)
 
 
 class Mix:
     """Chooses icons by their weights."""
 
     def __init__(self, icons: Icons, shown: Sequence[int]) -> None:
-        self.shown = np.array(shown)
+        self.icons, self.shown = icons, np.array(shown)
         weights = np.cumsum([weight(icons.rows[i]) for i in shown])
         self.shares = weights / weights[-1]
+        self.mates: dict[str, list[int]] = defaultdict(list)
+        for i in shown:
+            if short(icons.rows[i]):
+                self.mates[icons.rows[i]["style"]].append(i)
 
-    def pairs(self, count: int, rng: Generator) -> np.ndarray:
-        """Indices (count, 2) of icons: the second of each is for scenes of two."""
-        return self.shown[np.searchsorted(self.shares, rng.random((count, 2)), side="right")]
+    def pairs(self, count: int, rng: Generator) -> list[tuple[int, int]]:
+        """Icons, and for each another to go beside it, in scenes of two."""
+        chosen = self.shown[np.searchsorted(self.shares, rng.random(count), side="right")]
+        return [(i, self.mate(i, rng)) for i in chosen.tolist()]
+
+    def mate(self, i: int, rng: Generator) -> int:
+        """One of the same style with a short name."""
+        mates = self.mates.get(self.icons.rows[i]["style"]) or [i]
+        return mates[int(rng.integers(len(mates)))]
+
+
+def short(row: dict[str, Any]) -> bool:
+    """Whether its name leaves room for another beside it."""
+    return len(row["caption"].split()) <= 3
 
 
 # ---- a scene: every choice made, nothing drawn yet ----
@@ -171,7 +193,7 @@ class Mix:
 @dataclass(frozen=True)
 class Scene:
     icons: tuple[int, ...]  # one, or the left and the right one
-    mirrored: bool = False
+    mirrored: bool = False  # the autoencoder's alone
     angle: float = 0.0  # of the hue, in radians
     background: tuple[int, int, int] = (255, 255, 255)
     ground: str = ""  # the background in words; "" where nothing is said of it
@@ -224,18 +246,17 @@ def any_scene(allowed: Sequence[int], rng: Generator) -> Scene:
 def told_scene(icons: Icons, first: int, second: int, rng: Generator) -> Scene:
     """For the base model: what a caption can tell. Mostly the icon as it is, on white."""
     row = icons.rows[first]
-    pair = rng.random() < 0.08 and len(row["caption"].split()) <= 3
+    pair = rng.random() < 0.08 and short(row)
     chosen = (first, second) if pair else (first,)
-    mirrored = bool(rng.random() < 0.5) and not any(SIDED.search(icons.rows[i]["caption"]) for i in chosen)
-    ground = str(rng.choice(list(BACKGROUNDS))) if rng.random() < 0.15 else ""
+    ground = str(rng.choice(list(BACKGROUNDS))) if rng.random() < 0.1 else ""
     background = BACKGROUNDS.get(ground, (255, 255, 255))
     angle, color = 0.0, ""
-    if not pair and row["group"] in PAINTED and rng.random() < 0.15:
+    if not pair and row["group"] in PAINTED and rng.random() < 0.1:
         angle = float(rng.uniform(-math.pi, math.pi))
         color = color_name(icons.pictures[first], angle)
         if not color:  # no one colour: nothing could be said of the change
             angle = 0.0
-    return Scene(chosen, mirrored, angle, background, ground, color)
+    return Scene(chosen, False, angle, background, ground, color)
 
 
 def color_name(picture: Tensor, angle: float) -> str:
@@ -260,26 +281,39 @@ def caption(icons: Icons, scene: Scene, rng: Generator) -> str:
     if rng.random() < 0.1:
         return ""
     ground = f", on a {scene.ground} background" if scene.ground else ""
-    if len(rows) == 2:
-        left, right = (with_article(row["caption"]) for row in rows)
-        return plain(f"{left} {'and' if rng.random() < 0.5 else 'left of'} {right}{ground}")
     row = rows[0]
-    thing = f"{scene.color} {row['caption']}".strip()
     words = STYLES[row["style"]]
     style = words[int(rng.integers(len(words)))]
+    named = style_named(row, rng)
+    if len(rows) == 2:
+        left, right = (with_article(row["caption"]) for row in rows)
+        manner = f", {style}{' style' if rng.random() < 0.5 else ''}" if named else ""
+        return plain(f"{left} {'and' if rng.random() < 0.5 else 'left of'} {right}{manner}{ground}")
+    thing = f"{scene.color} {row['caption']}".strip()
     keywords = [word for word in row["kw"] if word != row["caption"]]
     two = [keywords[int(i)] for i in rng.permutation(len(keywords))[:2]]
-    phrases = {
-        thing: 0.25,
-        f"{thing}, {style} style": 0.22,
-        f"{style} {thing}": 0.17,
-        f"a {style} icon of {with_article(thing)}": 0.11,
-        f"{thing} emoji, {style}": 0.06,
-        ", ".join([thing, *two]): 0.12,
-        " ".join([scene.color, *two]).strip() if len(two) == 2 else thing: 0.07,
-    }
+    if named:
+        phrases = {
+            f"{thing}, {style} style": 0.33,
+            f"{style} {thing}": 0.25,
+            f"a {style} icon of {with_article(thing)}": 0.17,
+            f"{thing}, {style}": 0.15,
+            ", ".join([thing, *two, style]): 0.1,
+        }
+    else:
+        phrases = {
+            thing: 0.4,
+            with_article(thing): 0.2,
+            ", ".join([thing, *two]): 0.25,
+            " ".join([scene.color, *two]).strip() if len(two) == 2 else f"{thing} icon": 0.15,
+        }
     share = np.array(list(phrases.values()))
     return plain(list(phrases)[int(rng.choice(len(phrases), p=share / share.sum()))] + ground)
+
+
+def style_named(row: dict[str, Any], rng: Generator) -> bool:
+    """Whether a caption has to say the style: half the time, and nearly always where the name alone means another."""
+    return bool(rng.random() < (0.5 if row["usual"] else 1 - UNSAID))
 
 
 def with_article(thing: str) -> str:

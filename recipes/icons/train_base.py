@@ -5,8 +5,8 @@
 DATA is what draw.py leaves, AUTOENCODER what train_autoencoder.py leaves, TEXT what train_text.py leaves. OUT becomes
 the base model in the diffusers layout. The run can be stopped at any moment; the same command goes on with it.
 
-Icons on white and their mirror images are encoded once, before the first step; what is changed (in another hue, on a
-colour, in pairs) as it is drawn. 200 pairs of a concept and a style are never shown, though each of both is: the
+Icons on white are encoded once, before the first step; what is changed (in another hue, on a colour, in pairs) as it is
+drawn. 200 pairs of a concept and a style are never shown, though each of both is: the
 held-out loss, and the place to look whether the two were learnt apart.
 """
 
@@ -60,7 +60,7 @@ BASE = Path(__file__).parent / "base"  # whose configs are taken: the U-Net's sh
 # min-SNR's (Hang et al. 2023, arXiv 2303.09556, Equation 8), the lower one of Salimans and Ho 2022 (arXiv 2202.00512,
 # section 4): where there is little but noise, the text decides, and a few-step sampler begins.
 LEAST, MOST = 1.0, 5.0
-FOREIGN = 0.2  # share of captions in another language, where there is one
+FOREIGN = 0.35  # share of captions in another language, where there is one and a name alone means the picture
 
 
 def main() -> None:
@@ -104,14 +104,15 @@ class Steps(Dataset[tuple[list[Scene], Tensor]]):
 
     def __getitem__(self, step: int) -> tuple[list[Scene], Tensor]:
         dice = rng(self.seed, step)
-        drawn = self.mix.pairs(self.batch, dice).tolist()
+        drawn = self.mix.pairs(self.batch, dice)
         scenes = [told_scene(self.icons, first, second, dice) for first, second in drawn]
         texts = [self.text(scene, dice) for scene in scenes]
         return scenes, tokens(self.tokenizer, texts)
 
     def text(self, scene: Scene, dice: np.random.Generator) -> str:
-        names = self.names.get(self.icons.rows[scene.icons[0]]["hex"] or "")
-        if names and scene.plain and dice.random() < FOREIGN:
+        row = self.icons.rows[scene.icons[0]]
+        names = self.names.get(row["hex"] or "")
+        if names and row["usual"] and scene.plain and dice.random() < FOREIGN:
             return translated(names, dice)
         return caption(self.icons, scene, dice)
 
@@ -128,7 +129,7 @@ class Latents:
     def __init__(self, vae: AutoencoderKL, icons: Icons, shown: Sequence[int], file: Path, float32: bool) -> None:
         self.vae, self.icons, self.float32 = vae, icons, float32
         self.device = next(vae.parameters()).device
-        self.rows = {scene: i for i, scene in enumerate(Scene((i,), side) for i in shown for side in (False, True))}
+        self.rows = {Scene((i,)): row for row, i in enumerate(shown)}
         if file.is_file():
             table = load_file(file)["latents"]
         else:

@@ -110,9 +110,10 @@ class Batches:
         dice = rng(self.seed, step)
         drawn = self.mix.pairs(count, dice)
         for i in range(count // 2, count):
-            kin = self.kin[concept(self.icons.rows[drawn[i - count // 2, 0]])]
-            drawn[i, 0] = kin[int(dice.integers(len(kin)))]
-        return [self.tell(told_scene(self.icons, first, second, dice), dice) for first, second in drawn.tolist()]
+            kin = self.kin[concept(self.icons.rows[drawn[i - count // 2][0]])]
+            first = kin[int(dice.integers(len(kin)))]
+            drawn[i] = first, self.mix.mate(first, dice)
+        return [self.tell(told_scene(self.icons, first, second, dice), dice) for first, second in drawn]
 
     def tell(self, scene: Scene, dice: np.random.Generator) -> Told:
         rows = [self.icons.rows[i] for i in scene.icons]

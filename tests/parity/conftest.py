@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 import topologies
@@ -12,11 +13,25 @@ from matrix.compare import Matrix
 from matrix.world import World
 from reference import SHIPPED, Agreement, Pair
 
-RECORD = pytest.StashKey[dict[tuple[str, str], float]]()
+Record = dict[tuple[str, str], float]
+RECORD = pytest.StashKey[Record]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RECORD] = {}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of several hands its errors to the one that prints them."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["parity"] = [(*key, error) for key, error in session.config.stash[RECORD].items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    record = node.config.stash[RECORD]
+    for model, what, error in getattr(node, "workeroutput", {}).get("parity", ()):
+        record[model, what] = max(error, record.get((model, what), 0.0))
 
 
 @pytest.fixture(scope="session")
