@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+import worst
 from checkpoints import write_model
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Processes that test side by side (pytest-xdist) share the cores: small networks are slower on many threads."""
+    config.stash[worst.RECORD] = {}
+    config.pluginmanager.register(worst)
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))

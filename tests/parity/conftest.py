@@ -1,11 +1,10 @@
-"""Models that both programs load, and a table of the worst errors at the end of the run."""
+"""Models that both programs load."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import pytest
 import topologies
@@ -13,25 +12,7 @@ from matrix.compare import Matrix
 from matrix.world import World
 from reference import SHIPPED, Agreement, Pair
 
-Record = dict[tuple[str, str], float]
-RECORD = pytest.StashKey[Record]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RECORD] = {}
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A process of several hands its errors to the one that prints them."""
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["parity"] = [(*key, error) for key, error in session.config.stash[RECORD].items()]
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    record = node.config.stash[RECORD]
-    for model, what, error in getattr(node, "workeroutput", {}).get("parity", ()):
-        record[model, what] = max(error, record.get((model, what), 0.0))
+from worst import RECORD
 
 
 @pytest.fixture(scope="session")
@@ -58,15 +39,3 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
 @pytest.fixture
 def agree(pytestconfig: pytest.Config) -> Agreement:
     return Agreement(pytestconfig.stash[RECORD])
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    record = config.stash[RECORD]
-    if not record:
-        return
-    models, kinds = (list(dict.fromkeys(column)) for column in zip(*record, strict=True))
-    terminalreporter.section("worst errors against diffusers (relative L2; share of values off by more than 1/255)")
-    terminalreporter.line(f"{'':16}" + "".join(f"{kind:>12}" for kind in kinds))
-    for model in models:
-        cells = (f"{record[model, kind]:12.1e}" if (model, kind) in record else f"{'-':>12}" for kind in kinds)
-        terminalreporter.line(f"{model:16}" + "".join(cells))
