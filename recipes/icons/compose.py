@@ -14,7 +14,18 @@ import time
 from pathlib import Path
 
 from resumable import rng
-from scenes import Mix, caption, read_icons, read_names, render, shown_and_held_out, told_scene, translated, weight
+from scenes import (
+    Mix,
+    caption,
+    names_alone,
+    read_icons,
+    read_names,
+    render,
+    shown_and_held_out,
+    told_scene,
+    translated,
+    weight,
+)
 
 from calotype.images import to_pil
 from calotype.weights.write import replacing
@@ -43,8 +54,8 @@ def main() -> None:
                 continue
             scene = told_scene(icons, i, mix.mate(i, dice), dice)
             texts = [caption(icons, scene, dice) for _ in range(CAPTIONS)]
-            if names.get(row["hex"] or "") and row["usual"] and scene.plain:
-                texts.append(translated(names[row["hex"]], dice))
+            if others := names_alone(icons, names, scene):
+                texts.append(translated(others, dice))
             path = options.out / f"{row['id']:05d}-{copy}.webp"
             if not path.is_file():
                 with replacing(path) as temporary:

@@ -256,7 +256,7 @@ def told_scene(icons: Icons, first: int, second: int, rng: Generator) -> Scene:
         color = color_name(icons.pictures[first], angle)
         if not color:  # no one colour: nothing could be said of the change
             angle = 0.0
-    return Scene(chosen, False, angle, background, ground, color)
+    return Scene(chosen, angle=angle, background=background, ground=ground, color=color)
 
 
 def color_name(picture: Tensor, angle: float) -> str:
@@ -321,6 +321,12 @@ def with_article(thing: str) -> str:
     if thing.endswith("s") and not thing.endswith("ss"):
         return thing
     return f"{'an' if thing[:1].lower() in 'aeiou' else 'a'} {thing}"
+
+
+def names_alone(icons: Icons, names: Names, scene: Scene) -> dict[str, list[str]]:
+    """The names in other languages, by language, of a scene that such a name alone means; else none."""
+    row = icons.rows[scene.icons[0]]
+    return names.get(row["hex"] or "", {}) if row["usual"] and scene.plain else {}
 
 
 def translated(names: dict[str, list[str]], rng: Generator) -> str:

@@ -6,8 +6,8 @@ DATA is what draw.py leaves, AUTOENCODER what train_autoencoder.py leaves, TEXT 
 the base model in the diffusers layout. The run can be stopped at any moment; the same command goes on with it.
 
 Icons on white are encoded once, before the first step; what is changed (in another hue, on a colour, in pairs) as it is
-drawn. 200 pairs of a concept and a style are never shown, though each of both is: the
-held-out loss, and the place to look whether the two were learnt apart.
+drawn. 200 pairs of a concept and a style are never shown, though each of both is: the held-out loss, and the place to
+look whether the two were learnt apart.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from scenes import (
     Names,
     Scene,
     caption,
+    names_alone,
     read_icons,
     read_names,
     render,
@@ -110,9 +111,8 @@ class Steps(Dataset[tuple[list[Scene], Tensor]]):
         return scenes, tokens(self.tokenizer, texts)
 
     def text(self, scene: Scene, dice: np.random.Generator) -> str:
-        row = self.icons.rows[scene.icons[0]]
-        names = self.names.get(row["hex"] or "")
-        if names and row["usual"] and scene.plain and dice.random() < FOREIGN:
+        names = names_alone(self.icons, self.names, scene)
+        if names and dice.random() < FOREIGN:
             return translated(names, dice)
         return caption(self.icons, scene, dice)
 

@@ -122,7 +122,7 @@ def train(options: argparse.Namespace) -> None:
 
     def loss(step: int) -> Tensor:
         scenes, ids = steps[step]
-        white = [Scene(scene.icons, scene.mirrored) for scene in scenes]  # what moves has no background
+        white = [Scene(scene.icons) for scene in scenes]  # what moves has no background
         with torch.no_grad(), autocast(device, options.float32):
             x0 = latents_of(vae, clips(render(icons, white, device), options.motion, options.frames))
             context = text(ids.to(device)).last.repeat_interleave(options.frames, 0)
