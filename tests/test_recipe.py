@@ -266,6 +266,9 @@ def test_a_motion_begins_as_none_and_moves_clips(data: Path, base: Path, tmp_pat
     train_motion.train(Namespace(**COMMON, **own, data=data, base=base, out=tmp_path / "motion"))
     engine = calotype.load(base)
     engine.set_motion(tmp_path / "motion")
+    assert engine.parts.motion is not None
+    assert torch.equal(engine.parts.motion.schedule.alpha, engine.parts.schedule.alpha)
+    assert engine.describe()["motion"]["beta_schedule"] == "scaled_linear"
     frames = engine("red circle", frames=4, steps=2, guidance=2.0).images
     assert len(frames) == 4
 

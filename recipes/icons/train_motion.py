@@ -4,16 +4,15 @@
 
 DATA is what draw.py leaves, BASE what train_base.py leaves. OUT becomes a folder that `--motion` takes. The clips are
 icons that are moved as wholes, one period of a motion in each, so that a clip loops. The U-Net stays as it is (Guo et
-al. 2023, arXiv 2307.04725, section 4.2), and the schedule is theirs, of linear betas. The run can be stopped at any
-moment; the same command goes on with it.
+al. 2023, arXiv 2307.04725, section 4.2), and so does its schedule, where theirs went over to linear betas: config.json
+says so. The run can be stopped at any moment; the same command goes on with it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,8 @@ from train_base import Steps, chances, latents_of, weighted
 from calotype.nn.motion import MotionAdapter, MotionConfig, attach
 from calotype.nn.unet import Conditioning, UNetConfig
 from calotype.nn.vae import AutoencoderKL
-from calotype.schedule import NoiseSchedule
 from calotype.text.tokenizer import Tokenizer
 from calotype.weights.load import load_parts
-from calotype.weights.motion import with_betas
 
 Pose = tuple[float, float, float, float]  # right, down (in half pictures), turned (radians), how large
 
@@ -106,10 +103,8 @@ def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     icons, names = read_icons(options.data, options.limit), read_names(options.data)
     parts = load_parts(str(options.base), device=device)
-    (text,), vae, unet = parts.text.models, parts.vae, parts.unet
+    (text,), vae, unet, schedule = parts.text.models, parts.vae, parts.unet, parts.schedule
     assert isinstance(vae, AutoencoderKL)
-    scheduler = json.loads((options.base / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    schedule = NoiseSchedule.from_config(with_betas(scheduler)).to(device)
     tokenizer = Tokenizer.load(options.base / "tokenizer")
     shown, _ = shown_and_held_out(icons.rows)
     motion = new_motion(unet.config, options.frames).to(device)
@@ -136,12 +131,12 @@ def train(options: argparse.Namespace) -> None:
     learn(run, options, motion, average, optimizer, loss, fall=0.5)
     network: Any = average.network
     write_json(options.out / "training.json", {**settings, "steps": run.step, "seconds": round(run.elapsed)})
-    write_part(options.out, "diffusion_pytorch_model", network.state_dict(), described(network.config))
+    write_part(options.out, "diffusion_pytorch_model", network.state_dict(), described(network.config, parts.scheduler))
     print(f"{options.out}: {run.step} steps of {options.batch}; {run.elapsed:.0f} s")
 
 
-def described(config: MotionConfig) -> dict[str, Any]:
-    """As diffusers' config.json says it."""
+def described(config: MotionConfig, scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """As diffusers' config.json says it, and the kind of betas, which it has no word for."""
     return {
         "_class_name": "MotionAdapter",
         "block_out_channels": config.channels,
@@ -153,6 +148,7 @@ def described(config: MotionConfig) -> dict[str, Any]:
         "motion_norm_num_groups": config.norm_groups,
         "motion_max_seq_length": config.max_frames,
         "use_motion_mid_block": config.mid_depth is not None,
+        "beta_schedule": scheduler["beta_schedule"],
     }
 
 

@@ -29,7 +29,7 @@ from calotype.schedule import NoiseSchedule
 from calotype.text import inversion
 from calotype.weights.control import load_control
 from calotype.weights.load import load_parts
-from calotype.weights.motion import load_motion, read_motion, resolve_motion, with_betas
+from calotype.weights.motion import beta_schedule_of, load_motion, read_motion, resolve_motion, with_betas
 
 __all__ = ["Engine", "Result", "Step", "load"]
 
@@ -243,10 +243,13 @@ class Engine:
         self._embeddings[learnt.token] = {"ref": str(ref), "weight_name": weight_name}
         return learnt.token
 
-    def set_motion(self, ref: str | Path | None, *, beta_schedule: str = "linear", variant: str | None = None) -> None:
+    def set_motion(
+        self, ref: str | Path | None, *, beta_schedule: str | None = None, variant: str | None = None
+    ) -> None:
         """Puts a motion adapter into the model, so that requests may have frames; None takes it out again.
 
-        Motion modules were trained with linear betas; `beta_schedule` says otherwise. Pictures keep the model's own.
+        Clips take the betas that the adapter was trained with: linear, unless its config.json or `beta_schedule` says
+        otherwise. Pictures keep the model's own.
         Motion LoRAs that do not fit the new adapter go with the old one (CalotypeWarning). Raises ModelNotFoundError,
         CheckpointError where it does not fit the model.
         """
@@ -263,8 +266,9 @@ class Engine:
             device=weight.device,
             dtype=weight.dtype,
         )
-        schedule = NoiseSchedule.from_config(with_betas(self.parts.scheduler, beta_schedule))
         path = resolve_motion(ref, variant=variant, offline=self._offline)
+        beta_schedule = beta_schedule or beta_schedule_of(path)
+        schedule = NoiseSchedule.from_config(with_betas(self.parts.scheduler, beta_schedule))
         self._exchange_motion(Motion(adapter, schedule), {"motion": partial(read_motion, path, variant)})
         self._described["motion"] = {"ref": str(ref), "beta_schedule": beta_schedule, "variant": variant}
 

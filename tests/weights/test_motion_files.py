@@ -17,7 +17,7 @@ from calotype.families import SD15, SDXL
 from calotype.nn.motion import MotionAdapter, MotionConfig, attach, frame_positions
 from calotype.nn.unet import UNet, UNetConfig
 from calotype.schedule import NoiseSchedule
-from calotype.weights.motion import check_motion, load_motion, motion_config, read_motion, with_betas
+from calotype.weights.motion import beta_schedule_of, check_motion, load_motion, motion_config, read_motion, with_betas
 
 TINY = MotionConfig(
     channels=(32, 64), layers=(1, 2), depths=(1, 2), mid_depth=1, heads=(8, 8), norm_groups=32, max_frames=8
@@ -283,11 +283,17 @@ def test_a_smaller_adapter_takes_the_place_of_another() -> None:
 
 def test_linear_betas() -> None:
     config = {"_class_name": "LCMScheduler", "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
-    schedule = NoiseSchedule.from_config(with_betas(config))
+    schedule = NoiseSchedule.from_config(with_betas(config, "linear"))
     alpha_bar = torch.cumprod(1 - torch.linspace(0.00085, 0.012, 1000), 0)
     torch.testing.assert_close(schedule.alpha**2, alpha_bar)
     trained = config | {"trained_betas": [0.001] * 1000}
-    assert torch.equal(NoiseSchedule.from_config(with_betas(trained)).alpha, schedule.alpha)
+    assert torch.equal(NoiseSchedule.from_config(with_betas(trained, "linear")).alpha, schedule.alpha)
     kept = NoiseSchedule.from_config(with_betas(config, "scaled_linear"))
     assert torch.equal(kept.alpha, NoiseSchedule.from_config(config).alpha)
     assert not torch.allclose(kept.alpha, schedule.alpha, rtol=0.01)
+
+
+def test_an_adapter_says_which_betas(tmp_path: Path) -> None:
+    assert beta_schedule_of(write(tmp_path / "released", tensors())) == "linear"
+    assert beta_schedule_of(tmp_path / "released" / "diffusion_pytorch_model.safetensors") == "linear"
+    assert beta_schedule_of(write(tmp_path / "own", tensors(), beta_schedule="scaled_linear")) == "scaled_linear"

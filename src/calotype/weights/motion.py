@@ -1,6 +1,7 @@
 """AnimateDiff's motion adapters from files: folders in the diffusers layout, and the authors' single files.
 
-What a motion module was trained with belongs to it as well: all of them take a schedule of linear betas.
+What a motion module was trained with belongs to it as well: the released ones take a schedule of linear betas, and
+config.json may name another (ours: diffusers knows no such field).
 """
 
 from __future__ import annotations
@@ -102,8 +103,13 @@ def check_motion(motion: MotionConfig, unet: UNetConfig) -> None:
         )
 
 
-def with_betas(scheduler: Mapping[str, Any], beta_schedule: str = "linear") -> dict[str, Any]:
-    """A scheduler config with other betas between the same ends; without an argument those that motion modules need."""
+def beta_schedule_of(path: Path) -> str:
+    """The kind of betas that an adapter was trained with, as its config.json says; linear where nothing does."""
+    return "linear" if path.is_file() else str(read_json(path / "config.json").get("beta_schedule", "linear"))
+
+
+def with_betas(scheduler: Mapping[str, Any], beta_schedule: str) -> dict[str, Any]:
+    """A scheduler config with betas of another kind between the same ends."""
     return {**scheduler, "beta_schedule": beta_schedule, "trained_betas": None}
 
 
