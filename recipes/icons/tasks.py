@@ -1,7 +1,7 @@
 """Draws the pictures of docs/tasks.md: `python recipes/icons/tasks.py docs/images`.
 
-Image to image and inpainting are the shipped model's, the LoRAs the base model's. Every picture has seed 0 where no
-other is named; none was chosen.
+The LoRAs' pictures are the base model's, all others the shipped model's. Every picture has seed 0 where no other is
+named; none was chosen.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 import calotype
+from calotype import video
 from calotype.images import grid, save_png
 
 HERE = Path(__file__).parent
+ADAPTERS = HERE / "adapters"
 SIDE = 128
 Shape = tuple[str, tuple[int, ...], str]  # what ImageDraw draws, where, in which colour
 
@@ -42,7 +44,7 @@ IMAGE_TO_IMAGE = (
     ("car", ("fire engine", "taxi", "bus", "delivery truck", "racing car")),
     ("face", ("grinning face", "angry face", "face with tears of joy", "crying face", "smiling face with heart-eyes")),
 )
-STRENGTH = 0.7
+STRENGTH, LOOSE = 0.7, 0.9
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
 # What is there, what is painted, and the ellipse of the mask.
 INPAINTING = (
@@ -61,6 +63,10 @@ LORA_PROMPTS = (
     "crying face",
 )
 STYLE_SCALES = (0.4, 0.6, 0.8)
+MIXED = 0.6
+FEW = {"sampler": "tcd", "steps": 4, "guidance": 1.0}  # with the LCM-LoRA
+MOVED = ("red heart", "basketball", "rocket", "grinning cat")
+FRAMES = 8
 
 
 def sketch(shapes: tuple[Shape, ...]) -> Image.Image:
@@ -97,20 +103,64 @@ def inpainting(engine: calotype.Engine) -> Image.Image:
 
 def loras(engine: calotype.Engine) -> Image.Image:
     """By rows: the base model in 25 steps and in 4, an LCM-LoRA, and a style beside it by weight."""
-    lcm = engine.add_lora(HERE / "lcm-lora.safetensors")
-    style = engine.add_lora(HERE / "badge.safetensors")
-    few = {"sampler": "tcd", "steps": 4, "guidance": 1.0}
+    lcm = engine.add_lora(ADAPTERS / "lcm-lora.safetensors")
+    style = engine.add_lora(ADAPTERS / "badge.safetensors")
     rows: list[tuple[str, dict[str, float], dict[str, object]]] = [
         ("base, 25 steps, guidance 5 (50 evaluations)", {}, {"steps": 25, "guidance": 5.0}),
         ("base, 4 steps, guidance 5 (8 evaluations)", {}, {"steps": 4, "guidance": 5.0}),
-        ("LCM-LoRA, 4 steps, guidance 1 (4 evaluations)", {lcm: 1.0}, few),
-        *((f"LCM-LoRA 1.0 and badge {scale}", {lcm: 1.0, style: scale}, few) for scale in STYLE_SCALES),
+        ("LCM-LoRA, 4 steps, guidance 1 (4 evaluations)", {lcm: 1.0}, FEW),
+        *((f"LCM-LoRA 1.0 and badge {scale}", {lcm: 1.0, style: scale}, FEW) for scale in STYLE_SCALES),
     ]
     pictures = []
     for _, mix, fields in rows:
         engine.set_loras(mix)
         pictures += [engine(prompt, seed=0, **fields).image for prompt in LORA_PROMPTS]
     return grid(pictures, len(LORA_PROMPTS), column_titles=LORA_PROMPTS, row_titles=[title for title, *_ in rows])
+
+
+def controls(engine: calotype.Engine) -> Image.Image:
+    """The edges of each sketch, and what is drawn along them: above with a ControlNet, below with a T2I-Adapter."""
+    names = {"ControlNet": ADAPTERS / "canny", "T2I-Adapter": ADAPTERS / "canny-adapter"}
+    for kind, folder in names.items():
+        engine.add_control(folder, name=kind)
+    pictures, titles = [], []
+    for name, prompts in IMAGE_TO_IMAGE:
+        hint = calotype.canny(sketch(SKETCHES[name]))
+        for kind in names:
+            steered = [calotype.Control(kind, image=hint)]
+            pictures += [hint, *(engine(prompt, controls=steered, seed=0).image for prompt in prompts)]
+            titles.append(f"{kind}: {', '.join(prompts)}")
+    return grid(pictures, columns=6, row_titles=titles)
+
+
+def together(engine: calotype.Engine) -> Image.Image:
+    """All at once, on the base model: edges with an LCM-LoRA, a style besides, and the sketch's colours besides."""
+    edges = engine.add_control(ADAPTERS / "canny")
+    lcm = engine.add_lora(ADAPTERS / "lcm-lora.safetensors", name="lcm")
+    style = engine.add_lora(ADAPTERS / "badge.safetensors", name="badge")
+    pictures, titles = [], []
+    for name, prompts in IMAGE_TO_IMAGE[1:]:
+        start = sketch(SKETCHES[name])
+        hint = calotype.canny(start)
+        rows: list[tuple[str, dict[str, float], dict[str, object]]] = [
+            ("LCM-LoRA and ControlNet", {lcm: 1.0}, {}),
+            (f"and badge {MIXED}", {lcm: 1.0, style: MIXED}, {}),
+            (f"and the sketch, strength {LOOSE}", {lcm: 1.0, style: MIXED}, {"image": start, "strength": LOOSE}),
+        ]
+        for title, mix, fields in rows:
+            engine.set_loras(mix)
+            steered = [calotype.Control(edges, image=hint)]
+            pictures += [start if fields else hint]
+            pictures += [engine(prompt, controls=steered, seed=0, **FEW, **fields).image for prompt in prompts]
+            titles.append(title)
+    return grid(pictures, columns=6, row_titles=titles)
+
+
+def clips(engine: calotype.Engine) -> list[Image.Image]:
+    """The frames of a clip of each prompt, side by side."""
+    engine.set_motion(ADAPTERS / "bounce")
+    moving = [engine(prompt, frames=FRAMES, seed=0).frames for prompt in MOVED]
+    return [grid(list(frames), len(MOVED)) for frames in zip(*moving, strict=True)]
 
 
 def main() -> None:
@@ -120,9 +170,12 @@ def main() -> None:
         "image-to-image": image_to_image(shipped),
         "inpainting": inpainting(shipped),
         "loras": loras(base),
+        "controls": controls(shipped),
+        "together": together(calotype.load(HERE / "base")),
     }
     for name, sheet in sheets.items():
         save_png(sheet, folder / f"{name}.png")
+    video.save(clips(shipped), folder / "clips.webp", fps=FRAMES)
 
 
 if __name__ == "__main__":

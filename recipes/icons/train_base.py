@@ -279,6 +279,14 @@ def chances(x0: Tensor, seed: int, step: int, T: int) -> tuple[Tensor, Tensor]:
     return noise.to(x0.device), (places * T).long().clamp(max=T - 1).to(x0.device)
 
 
+def early(t: Tensor, T: int) -> Tensor:
+    """Uniform timesteps moved to where there is much noise, and where things are to be is still open.
+
+    For adapters that say where: cubic sampling, Mou et al. 2023, arXiv 2302.08453, section 3.4.
+    """
+    return ((1 - (t / T) ** 3) * T).long().clamp(max=T - 1)
+
+
 @torch.no_grad()
 def judge(
     average: Average,

@@ -21,7 +21,7 @@ from folders import write_json, write_part
 from resumable import Average, Run, autocast, learn, pick_device, rng
 from scenes import read_icons, read_names, render, shown_and_held_out
 from torch import Tensor, nn
-from train_base import Steps, chances, latents_of, weighted
+from train_base import Steps, chances, early, latents_of, weighted
 from words import tokens
 
 import calotype
@@ -81,14 +81,6 @@ def edges(pictures: Tensor) -> Tensor:
     """Canny edges (B, 3, H, W) in [0, 1] of pictures in [-1, 1]."""
     drawn = [np.asarray(calotype.canny(picture)) for picture in to_pil(pictures)]
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 255
-
-
-def early(t: Tensor, T: int) -> Tensor:
-    """Uniform timesteps moved to where there is much noise, and where things are to be is still open.
-
-    Cubic sampling, Mou et al. 2023, section 3.4.
-    """
-    return ((1 - (t / T) ** 3) * T).long().clamp(max=T - 1)
 
 
 class Steered(nn.Module):

@@ -22,7 +22,7 @@ from folders import write_json, write_part
 from resumable import Average, Run, autocast, learn, pick_device
 from scenes import Scene, read_icons, read_names, render, shown_and_held_out
 from torch import Tensor, nn
-from train_base import Steps, chances, latents_of, weighted
+from train_base import Steps, chances, early, latents_of, weighted
 
 from calotype.nn.motion import MotionAdapter, MotionConfig, attach
 from calotype.nn.unet import Conditioning, UNetConfig
@@ -121,8 +121,9 @@ def train(options: argparse.Namespace) -> None:
         with torch.no_grad(), autocast(device, options.float32):
             x0 = latents_of(vae, clips(render(icons, white, device), options.motion, options.frames))
             context = text(ids.to(device)).last.repeat_interleave(options.frames, 0)
-        noise, t = chances(x0, options.seed, step, schedule.T)
-        t = t[:: options.frames].repeat_interleave(options.frames)  # one for all frames of a clip
+        noise, _ = chances(x0, options.seed, step, schedule.T)
+        _, t = chances(x0[:: options.frames], options.seed, step, schedule.T)  # one for all frames of a clip
+        t = early(t, schedule.T).repeat_interleave(options.frames)
         x = schedule.add_noise(x0, noise, t)
         with autocast(device, options.float32):
             output = unet(x, t, Conditioning(context), frames=options.frames)
