@@ -12,7 +12,6 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 import calotype
-from calotype import video
 from calotype.images import grid, save_png
 
 HERE = Path(__file__).parent
@@ -65,8 +64,6 @@ LORA_PROMPTS = (
 STYLE_SCALES = (0.4, 0.6, 0.8)
 MIXED = 0.6
 FEW = {"sampler": "tcd", "steps": 4, "guidance": 1.0}  # with the LCM-LoRA
-MOVED = ("red heart", "basketball", "rocket", "grinning cat")
-FRAMES = 8
 
 
 def sketch(shapes: tuple[Shape, ...]) -> Image.Image:
@@ -119,17 +116,14 @@ def loras(engine: calotype.Engine) -> Image.Image:
 
 
 def controls(engine: calotype.Engine) -> Image.Image:
-    """The edges of each sketch, and what is drawn along them: above with a ControlNet, below with a T2I-Adapter."""
-    names = {"ControlNet": ADAPTERS / "canny", "T2I-Adapter": ADAPTERS / "canny-adapter"}
-    for kind, folder in names.items():
-        engine.add_control(folder, name=kind)
+    """The edges of each sketch, and what is drawn along them with a ControlNet."""
+    edges = engine.add_control(ADAPTERS / "canny")
     pictures, titles = [], []
     for name, prompts in IMAGE_TO_IMAGE:
         hint = calotype.canny(sketch(SKETCHES[name]))
-        for kind in names:
-            steered = [calotype.Control(kind, image=hint)]
-            pictures += [hint, *(engine(prompt, controls=steered, seed=0).image for prompt in prompts)]
-            titles.append(f"{kind}: {', '.join(prompts)}")
+        steered = [calotype.Control(edges, image=hint)]
+        pictures += [hint, *(engine(prompt, controls=steered, seed=0).image for prompt in prompts)]
+        titles.append(", ".join(prompts))
     return grid(pictures, columns=6, row_titles=titles)
 
 
@@ -156,13 +150,6 @@ def together(engine: calotype.Engine) -> Image.Image:
     return grid(pictures, columns=6, row_titles=titles)
 
 
-def clips(engine: calotype.Engine) -> list[Image.Image]:
-    """The frames of a clip of each prompt, side by side."""
-    engine.set_motion(ADAPTERS / "bounce")
-    moving = [engine(prompt, frames=FRAMES, seed=0).frames for prompt in MOVED]
-    return [grid(list(frames), len(MOVED)) for frames in zip(*moving, strict=True)]
-
-
 def main() -> None:
     folder = Path(sys.argv[1])
     shipped, base = calotype.load(), calotype.load(HERE / "base")
@@ -175,7 +162,6 @@ def main() -> None:
     }
     for name, sheet in sheets.items():
         save_png(sheet, folder / f"{name}.png")
-    video.save(clips(shipped), folder / "clips.webp", fps=FRAMES)
 
 
 if __name__ == "__main__":
