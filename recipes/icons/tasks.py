@@ -100,13 +100,11 @@ def inpainting(engine: calotype.Engine) -> Image.Image:
 
 def loras(engine: calotype.Engine) -> Image.Image:
     """By rows: the base model in 25 steps and in 4, an LCM-LoRA, and a style beside it by weight."""
-    lcm = engine.add_lora(ADAPTERS / "lcm-lora.safetensors")
-    style = engine.add_lora(ADAPTERS / "badge.safetensors")
     rows: list[tuple[str, dict[str, float], dict[str, object]]] = [
         ("base, 25 steps, guidance 5 (50 evaluations)", {}, {"steps": 25, "guidance": 5.0}),
         ("base, 4 steps, guidance 5 (8 evaluations)", {}, {"steps": 4, "guidance": 5.0}),
-        ("LCM-LoRA, 4 steps, guidance 1 (4 evaluations)", {lcm: 1.0}, FEW),
-        *((f"LCM-LoRA 1.0 and badge {scale}", {lcm: 1.0, style: scale}, FEW) for scale in STYLE_SCALES),
+        ("LCM-LoRA, 4 steps, guidance 1 (4 evaluations)", {"lcm": 1.0}, FEW),
+        *((f"LCM-LoRA 1.0 and badge {scale}", {"lcm": 1.0, "badge": scale}, FEW) for scale in STYLE_SCALES),
     ]
     pictures = []
     for _, mix, fields in rows:
@@ -130,16 +128,14 @@ def controls(engine: calotype.Engine) -> Image.Image:
 def together(engine: calotype.Engine) -> Image.Image:
     """All at once, on the base model: edges with an LCM-LoRA, a style besides, and the sketch's colours besides."""
     edges = engine.add_control(ADAPTERS / "canny")
-    lcm = engine.add_lora(ADAPTERS / "lcm-lora.safetensors", name="lcm")
-    style = engine.add_lora(ADAPTERS / "badge.safetensors", name="badge")
     pictures, titles = [], []
     for name, prompts in IMAGE_TO_IMAGE[1:]:
         start = sketch(SKETCHES[name])
         hint = calotype.canny(start)
         rows: list[tuple[str, dict[str, float], dict[str, object]]] = [
-            ("LCM-LoRA and ControlNet", {lcm: 1.0}, {}),
-            (f"and badge {MIXED}", {lcm: 1.0, style: MIXED}, {}),
-            (f"and the sketch, strength {LOOSE}", {lcm: 1.0, style: MIXED}, {"image": start, "strength": LOOSE}),
+            ("LCM-LoRA and ControlNet", {"lcm": 1.0}, {}),
+            (f"and badge {MIXED}", {"lcm": 1.0, "badge": MIXED}, {}),
+            (f"and the sketch, strength {LOOSE}", {"lcm": 1.0, "badge": MIXED}, {"image": start, "strength": LOOSE}),
         ]
         for title, mix, fields in rows:
             engine.set_loras(mix)
@@ -153,12 +149,14 @@ def together(engine: calotype.Engine) -> Image.Image:
 def main() -> None:
     folder = Path(sys.argv[1])
     shipped, base = calotype.load(), calotype.load(HERE / "base")
+    base.add_lora(ADAPTERS / "lcm-lora.safetensors", name="lcm")
+    base.add_lora(ADAPTERS / "badge.safetensors", name="badge")
     sheets = {
         "image-to-image": image_to_image(shipped),
         "inpainting": inpainting(shipped),
         "loras": loras(base),
         "controls": controls(shipped),
-        "together": together(calotype.load(HERE / "base")),
+        "together": together(base),
     }
     for name, sheet in sheets.items():
         save_png(sheet, folder / f"{name}.png")

@@ -267,7 +267,7 @@ class Engine:
             dtype=weight.dtype,
         )
         path = resolve_motion(ref, variant=variant, offline=self._offline)
-        beta_schedule = beta_schedule or beta_schedule_of(path)
+        beta_schedule = beta_schedule_of(path) if beta_schedule is None else beta_schedule
         schedule = NoiseSchedule.from_config(with_betas(self.parts.scheduler, beta_schedule))
         self._exchange_motion(Motion(adapter, schedule), {"motion": partial(read_motion, path, variant)})
         self._described["motion"] = {"ref": str(ref), "beta_schedule": beta_schedule, "variant": variant}
