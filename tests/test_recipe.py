@@ -333,21 +333,32 @@ def test_held_out_pairs_are_never_shown() -> None:
     assert {rows[i]["hex"] for i in held_out} <= {rows[i]["hex"] for i in shown}  # each concept is seen elsewhere
 
 
-def test_muon_makes_singular_values_alike() -> None:
-    from muon import Muon, orthogonal
+def test_muon_makes_singular_values_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    import muon
 
     torch.manual_seed(0)
     matrix = torch.randn(24, 60) * torch.logspace(0, -2, 24)[:, None]
-    values = torch.linalg.svdvals(orthogonal(matrix).float())
-    assert values.min() > 0.5
-    assert values.max() < 1.3
+    found = []
+    for bfloat16 in (True, False):  # emulated, it would take a minute a step
+        monkeypatch.setattr(muon, "multiplies_bfloat16", lambda _, answer=bfloat16: answer)
+        found.append(muon.orthogonal(matrix))
+        values = torch.linalg.svdvals(found[-1])
+        assert values.min() > 0.5
+        assert values.max() < 1.3
+    apart = (found[0] - found[1]).abs().max()
+    assert 1e-3 < apart < 0.1
+    assert (found[1] - muon.orthogonal(matrix.double())).abs().max() < 1e-5
+
+
+def test_muon_leaves_rows_of_a_table_that_had_no_gradient() -> None:
+    from muon import Muon
 
     table = torch.nn.Parameter(torch.randn(8, 8))
     table.grad = torch.zeros(8, 8)
     table.grad[3] = 1.0
     before = table.detach().clone()
     Muon([{"params": [table], "matrix": False}], lr=0.1).step()
-    assert torch.equal(before[:3], table[:3])  # an embedding's unseen rows stay
+    assert torch.equal(before[:3], table[:3])
     assert (before[3] - table[3]).abs().min() > 0.05
 
 

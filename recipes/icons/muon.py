@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calotype.precision import multiplies_bfloat16
+
 QUINTIC = (3.4445, -4.7750, 2.0315)  # drives singular values towards 1, most of the way in five rounds
 LEAST = 3  # rows and columns: what a picture's colours are made of; smaller matrices are Adam's
 
@@ -63,10 +65,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
-    """The matrix with its singular values near 1, by an iteration that needs products alone (so bfloat16 will do)."""
+    """The matrix with its singular values near 1, by an iteration that needs products alone.
+
+    So bfloat16 will do, where the device multiplies it; where PyTorch emulates it, a step would take a minute.
+    """
     a, b, c = QUINTIC
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.mT if tall else matrix).bfloat16()
+    x = matrix.mT if tall else matrix
+    if multiplies_bfloat16(x.device):
+        x = x.bfloat16()
     x = x / (x.norm() + 1e-7)
     for _ in range(rounds):
         square = x @ x.mT
