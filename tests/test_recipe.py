@@ -87,9 +87,13 @@ def autoencoder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import train_autoencoder
 
     out = tmp_path_factory.mktemp("vae")
-    own = {"start": None, "channels": [16] * 4, "steps": 2, "batch": 4, "crop": 64, "whole": 0.5, "rate": 1e-3}
-    train_autoencoder.train(Namespace(**COMMON, **own, data=data, out=out))
+    train_autoencoder.train(autoencoder_options(data, out))
     return out
+
+
+def autoencoder_options(data: Path, out: Path) -> Namespace:
+    own = {"channels": [16] * 4, "steps": 2, "batch": 4, "crop": 64, "whole": 0.5, "rate": 1e-3}
+    return Namespace(**COMMON, **own, data=data, out=out, start=None, decoder=False)
 
 
 def base_options(data: Path, autoencoder: Path, text: Path, out: Path, steps: int) -> Namespace:
@@ -135,6 +139,20 @@ def test_the_latents_are_centred_and_of_unit_scale(data: Path, autoencoder: Path
     z = load_vae(autoencoder).encode(render(icons, [Scene((i,)) for i in range(len(icons))]))[0]
     assert z.mean((0, 2, 3)).abs().max() < 0.02  # half precision's rounding, and no more
     assert (z.std((0, 2, 3)) - 1).abs().max() < 0.02
+
+
+def test_a_decoder_by_itself_learns_and_leaves_the_latents(data: Path, autoencoder: Path, tmp_path: Path) -> None:
+    import train_autoencoder
+
+    options = autoencoder_options(data, tmp_path)
+    options.start, options.decoder = autoencoder, True
+    options.steps, options.save_every, options.rate = 12, 4, 1e-2
+    train_autoencoder.train(options)
+    log = [json.loads(line)["psnr"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1] > log[0] + 0.2
+    before, after = load_vae(autoencoder).state_dict(), load_vae(tmp_path).state_dict()
+    same = {name for name, value in before.items() if torch.equal(value, after[name])}
+    assert same == {name for name in before if name.startswith(("encoder.", "quant_conv."))}
 
 
 def test_the_preview_decoder_learns_the_latents(data: Path, autoencoder: Path, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """Trains the autoencoder that the icons' model works in: 8 x smaller, 4 channels, in Stable Diffusion's layout.
 
-    python recipes/icons/train_autoencoder.py DATA OUT [--steps 6000] [--start FOLDER]
+    python recipes/icons/train_autoencoder.py DATA OUT [--steps 6000] [--start FOLDER [--decoder]]
 
 DATA is what draw.py leaves. OUT becomes a folder with config.json and weights in float16, which calotype and diffusers
-load as a `vae`. The run can be stopped at any moment; the same command goes on with it.
+load as a `vae`. The run can be stopped at any moment; the same command goes on with it. With `--decoder` the encoder
+stays as it is, and so do the latents: models that were trained on them draw better pictures by the new decoder.
 
 Its latents have mean 0 and deviation 1 in each channel, and the scaling factor is 1: a batch norm keeps them there in
 training, and is folded into the 1x1 convolutions around the latents in the end. (A shift_factor would say the same, but
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--start", type=Path, help="a folder with an autoencoder of this shape to go on from")
+    parser.add_argument("--decoder", action="store_true", help="train only the decoder of what --start names")
     parser.add_argument(
         "--channels", type=lambda text: [int(part) for part in text.split(",")], default=[16, 32, 96, 192]
     )
@@ -63,6 +65,8 @@ def main() -> None:
     parser.add_argument("--float32", action="store_true", help="no bfloat16 where there is some")
     parser.add_argument("--compile", action="store_true", help="worth it on a GPU")
     options = parser.parse_args()
+    if options.decoder and options.start is None:
+        parser.error("--decoder trains the decoder of an autoencoder: name its folder with --start")
     train(options)
 
 
@@ -79,6 +83,21 @@ class Bottled(nn.Module):
         return self.net.decode(self.norm(mean.float()) + noise)
 
 
+class Decoding(nn.Module):
+    """Its decoder by itself, trained on latents that stay what they are."""
+
+    def __init__(self, net: AutoencoderKL) -> None:
+        super().__init__()
+        self.net = net.requires_grad_(True)
+        for part in (net.encoder, net.quant_conv):
+            if part is not None:
+                part.requires_grad_(False)
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        mean, _ = self.net.encode(x)
+        return self.net.decode(mean.float() + noise)
+
+
 def train(options: argparse.Namespace) -> None:
     device = pick_device(options.device)
     torch.manual_seed(options.seed)
@@ -88,11 +107,12 @@ def train(options: argparse.Namespace) -> None:
     judged = [i for i, row in enumerate(icons.rows) if unseen(row)]
     print(f"{len(seen)} icons, and {len(judged)} held out; read in {time.monotonic() - started:.0f} s", flush=True)
 
-    net = new_net(options.channels) if options.start is None else centred(options.start, icons, seen)
-    model = Bottled(net.to(device))
+    model = new_model(options, icons, seen).to(device)
+    net = model.net
     average = Average(model, decay=0.998)
     optimizer = Muon(model.parameters(), lr=options.rate)
-    settings = {name: getattr(options, name) for name in ("channels", "batch", "crop", "whole", "rate", "seed")}
+    kept = ("decoder", "channels", "batch", "crop", "whole", "rate", "seed")
+    settings = {name: getattr(options, name) for name in kept}
     run = Run(options.out, settings, {"model": model, "average": average, "optimizer": optimizer})
     forward = torch.compile(model) if options.compile else model
     model.train()
@@ -114,6 +134,16 @@ def train(options: argparse.Namespace) -> None:
     export(net, options.out, {**settings, "psnr": round(whole, 2), "seconds": round(run.elapsed)})
     reached = f"{whole:.2f} dB on {len(judged)} held-out icons on white ({mean:.2f} dB the mean of each)"
     print(f"{options.out}: {reached}; {run.elapsed:.0f} s")
+
+
+def new_model(options: argparse.Namespace, icons: Icons, seen: Sequence[int]) -> Bottled | Decoding:
+    if options.start is None:
+        return Bottled(new_net(options.channels))
+    start = started_from(options.start)
+    if options.decoder:
+        return Decoding(start)
+    fold(start.requires_grad_(True), *statistics(start, icons, seen[:: max(1, len(seen) // 500)]))
+    return Bottled(start)
 
 
 def new_net(channels: Sequence[int]) -> AutoencoderKL:
@@ -202,20 +232,21 @@ def statistics(net: AutoencoderKL, icons: Icons, chosen: Sequence[int]) -> tuple
 
 def finished(average: Average, icons: Icons, chosen: Sequence[int]) -> AutoencoderKL:
     """The average as an autoencoder by itself. Crops taught the norm; icons on white, some of them, set it right."""
-    bottled: Any = average.network
-    net = AutoencoderKL(bottled.net.config).to(next(bottled.parameters()).device)
-    net.load_state_dict(bottled.net.state_dict())
-    normalise(net, bottled.norm.running_mean, (bottled.norm.running_var + bottled.norm.eps).sqrt())
+    model: Any = average.network
+    if isinstance(model, Decoding):
+        return model.net
+    net = AutoencoderKL(model.net.config).to(next(model.parameters()).device)
+    net.load_state_dict(model.net.state_dict())
+    normalise(net, model.norm.running_mean, (model.norm.running_var + model.norm.eps).sqrt())
     fold(net, *statistics(net, icons, chosen[:: max(1, len(chosen) // 1000)]))
     return net.requires_grad_(False).eval()
 
 
-def centred(folder: Path, icons: Icons, seen: Sequence[int]) -> AutoencoderKL:
+def started_from(folder: Path) -> AutoencoderKL:
     """A finished autoencoder as the start of another."""
     net = load_vae(folder)
     if not isinstance(net, AutoencoderKL) or net.quant_conv is None or net.post_quant_conv is None:
         raise SystemExit(f"{folder} is no AutoencoderKL with quant convolutions: leave out --start")
-    fold(net.requires_grad_(True), *statistics(net, icons, seen[:: max(1, len(seen) // 500)]))
     return net
 
 
