@@ -175,6 +175,29 @@ def test_the_base_model_draws(base: Path) -> None:
     assert np.asarray(picture).tobytes() != np.asarray(other).tobytes()  # the text is read
 
 
+def test_names_in_other_languages_come_to_mean_the_english_ones(data: Path, base: Path, tmp_path: Path) -> None:
+    import train_languages
+
+    own = {"steps": 40, "batch": 16, "rate": 2e-2}
+    train_languages.train(Namespace(**COMMON | own | {"save_every": 10}, data=data, base=base, out=tmp_path))
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["others"] < 0.8 * log[0]["others"]
+    assert log[-1]["english"] < 0.5 * log[-1]["others"]  # what was known is kept
+    before, after = load_text_encoder(base / "text_encoder"), load_text_encoder(tmp_path / "text_encoder")
+    assert before.config == after.config
+
+
+def test_nobody_is_taught_languages_that_the_data_lack(data: Path, base: Path, tmp_path: Path) -> None:
+    import train_languages
+
+    for file in data.iterdir():
+        if file.name != "names.json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    own = {"steps": 2, "batch": 2, "rate": 1e-3}
+    with pytest.raises(SystemExit, match=r"no icon has a name in another language: .*names\.json"):
+        train_languages.train(Namespace(**COMMON, **own, data=tmp_path, base=base, out=tmp_path / "out"))
+
+
 def test_packing_links_what_others_have(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import package
 

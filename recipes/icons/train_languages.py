@@ -157,11 +157,11 @@ def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     icons, names = read_icons(options.data, options.limit), read_names(options.data)
     shown, _ = shown_and_held_out(icons.rows)
+    sayings = Sayings(icons, names, shown, options.seed)
     parts = load_parts(str(options.base), device=device)
     (before,) = parts.text.models
     tokenizer = Tokenizer.load(options.base / "tokenizer")
     reader = reader_of(parts, icons, Steps(icons, shown, tokenizer, names, 32, options.seed), options.seed)
-    sayings = Sayings(icons, names, shown, options.seed)
     print(f"{len(sayings.translated)} names in other languages; {len(reader.layers)} layers read them", flush=True)
 
     model = copy.deepcopy(before).requires_grad_(True)
