@@ -43,6 +43,14 @@ LANGUAGES = {
     "French": ("chat", "rose", "voiture", "feu", "couronne", "pizza"),
     "Spanish": ("gato", "rosa", "coche", "fuego", "corona", "pizza"),
 }
+# The last one nothing was trained on.
+PHRASES = (
+    "a {}",
+    "a picture of a {}",
+    "draw me a {}!",
+    "the {}, please",
+    "could you paint a {}",
+)
 COLORED = (
     "a blue apple",
     "a green car",
@@ -86,6 +94,12 @@ def languages(student: calotype.Engine, _: calotype.Engine) -> Image.Image:
     return grid(pictures, len(LANGUAGES["English"]), column_titles=LANGUAGES["English"], row_titles=list(LANGUAGES))
 
 
+def phrases(student: calotype.Engine, _: calotype.Engine) -> Image.Image:
+    things = LANGUAGES["English"]
+    prompts = [phrase.format(thing) for phrase in PHRASES for thing in things]
+    return grid(draw(student, prompts), len(things), column_titles=things, row_titles=PHRASES)
+
+
 def colors(student: calotype.Engine, _: calotype.Engine) -> Image.Image:
     return grid(draw(student, COLORED), len(COLORED), column_titles=COLORED)
 
@@ -104,6 +118,7 @@ SHEETS: dict[str, Callable[[calotype.Engine, calotype.Engine], Image.Image]] = {
     "grid": readme,
     "styles": styles,
     "languages": languages,
+    "phrases": phrases,
     "colors": colors,
     "guidance": guidances,
     "seeds": seeds,

@@ -5,7 +5,8 @@
 DATA is what draw.py leaves. JUDGE is another run of train_text.py than the one the model grew from, with another seed
 and `--held-out 400`: 200 pairs of a concept and a style that the model saw and the judge did not, and 200 that neither
 saw, though each saw both of each pair elsewhere. Beside the real pictures of these pairs stand the model's, seed 0
-onwards. Concepts are asked for in other languages too, by name alone, and judged by their English names.
+onwards. Concepts are asked for in other languages too, by name alone, and in English phrases that nothing was trained
+on; these are judged by their English names.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from scenes import Scene, held_out_pairs, read_icons, read_names, render
+from scenes import Scene, held_out_pairs, read_icons, read_names, render, with_article
 from torch import Tensor
+from train_phrases import NEVER
 from train_text import CHOICES, LANGUAGES, name_in, picked, read_towers
 
 from calotype.parts import Parts
@@ -57,6 +59,8 @@ def main() -> None:
     for language in LANGUAGES:
         asked = english if language == "en" else [name_in(language, icons.rows[i], names) for i in rows]
         table[f"concept, asked in {language}"] = {"drawn": found(drawn(parts, asked, options), english)}
+    asked = [NEVER[i % len(NEVER)].format(with_article(name)) for i, name in enumerate(english)]
+    table["concept, asked in other words"] = {"drawn": found(drawn(parts, asked, options), english)}
     for name, figures in table.items():
         print(f"{name}: {', '.join(f'{who} {share:.3f}' for who, share in figures.items())}")
     print(json.dumps(table))
