@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from folders import write_json, write_part
-from muon import Muon
 from resumable import Average, Run, autocast, learn, pick_device, rng
 from scenes import read_icons, read_names, render, shown_and_held_out
 from torch import Tensor, nn
@@ -113,7 +112,7 @@ def train(options: argparse.Namespace) -> None:
     control = (new_adapter if options.adapter else new_control)(parts.unet).to(device)
     model = Steered(parts.unet, control)
     average = Average(control, decay=0.995)
-    optimizer = Muon(control.parameters(), lr=options.rate)
+    optimizer = torch.optim.AdamW(control.parameters(), lr=options.rate, weight_decay=0.01, betas=(0.9, 0.99))
     settings = {name: getattr(options, name) for name in ("adapter", "batch", "rate", "seed")}
     run = Run(options.out, settings, {"control": control, "average": average, "optimizer": optimizer})
     steps = Steps(icons, shown, tokenizer, names, options.batch, options.seed)
