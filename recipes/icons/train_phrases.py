@@ -134,7 +134,7 @@ class Sayings:
 
 
 def abroad(names: dict[str, list[str]], dice: Generator) -> str:
-    """A name in one of the other languages, half the time as it is."""
+    """A name in one of the other languages; often with a keyword, or in a phrase."""
     if dice.random() < 0.6:
         return translated(names, dice)
     language = one_of(sorted(names), dice)
