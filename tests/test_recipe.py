@@ -178,12 +178,12 @@ def test_the_base_model_draws(base: Path) -> None:
 def test_other_phrases_come_to_mean_the_names(data: Path, base: Path, tmp_path: Path) -> None:
     import train_phrases
 
-    own = {"steps": 60, "batch": 20, "rate": 2e-2, "save_every": 20}
+    own = {"steps": 60, "batch": 20, "rate": 1e-2, "save_every": 20}
     train_phrases.train(Namespace(**COMMON | own, data=data, base=base, out=tmp_path))
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     for kind in ("foreign", "english"):
         assert log[-1][kind] < 0.8 * log[0][kind]
-    assert log[-1]["kept"] < 0.5 * log[-1]["foreign"]  # what was known stays
+    assert log[-1]["kept"] < log[-1]["foreign"]  # what was known stays
     before, after = load_text_encoder(base / "text_encoder"), load_text_encoder(tmp_path / "text_encoder")
     assert before.config == after.config
 
