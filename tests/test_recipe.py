@@ -102,7 +102,7 @@ def base_options(data: Path, autoencoder: Path, text: Path, out: Path, steps: in
     unet = out.parent / "unet.json"
     unet.write_text(json.dumps(config))
     return Namespace(**COMMON, data=data, autoencoder=autoencoder, text=text, out=out, start=None, unet=unet,
-                     prediction="v_prediction", steps=steps, batch=4, rate=1e-3, decay=0.9, fall=0.3,
+                     prediction="v_prediction", steps=steps, batch=4, rate=1e-3, decay=0.9, fall=0.3, pairs=0.3,
                      workers=0)  # fmt: skip
 
 
@@ -375,6 +375,15 @@ def test_captions_are_true_of_what_they_say_and_no_more(data: Path) -> None:
     assert not styled.true_of(plain, round3d)
     assert not on_blue.true_of(plain, flat)
     assert not plain.true_of(square, flat)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_two_icons_are_in_as_many_pictures_as_asked_for(share: float, data: Path) -> None:
+    from scenes import read_icons, told_scene
+
+    icons, dice = read_icons(data), np.random.default_rng(0)
+    scenes = [told_scene(icons, 0, 4, dice, share) for _ in range(200)]
+    assert sum(len(scene.icons) == 2 for scene in scenes) / 200 == pytest.approx(share, abs=0.1 * (0 < share < 1))
 
 
 def test_held_out_pairs_are_never_shown() -> None:

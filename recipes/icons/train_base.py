@@ -28,6 +28,7 @@ from muon import Muon
 from resumable import Average, Run, autocast, descend, finite, pick_device, rate, rng
 from safetensors.torch import load_file
 from scenes import (
+    PAIRS,
     SIZE,
     Icons,
     Mix,
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--decay", type=float, default=0.999, help="of the moving average")
     parser.add_argument("--fall", type=float, default=0.3, help="the rate falls in the last share of the steps")
+    parser.add_argument("--pairs", type=float, default=PAIRS, help="share of pictures with two icons")
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="read that many icons, for a quick try")
@@ -98,15 +100,16 @@ class Steps(Dataset[tuple[list[Scene], Tensor]]):
     """The scenes and the token ids (B, L) of a step: a pure function of its number, so that a run can be resumed."""
 
     def __init__(
-        self, icons: Icons, shown: Sequence[int], tokenizer: Tokenizer, names: Names, batch: int, seed: int
-    ) -> None:
+        self, icons: Icons, shown: Sequence[int], tokenizer: Tokenizer, names: Names, batch: int, seed: int,
+        pairs: float = PAIRS,
+    ) -> None:  # fmt: skip
         self.icons, self.mix, self.tokenizer, self.names = icons, Mix(icons, shown), tokenizer, names
-        self.batch, self.seed = batch, seed
+        self.batch, self.seed, self.pairs = batch, seed, pairs
 
     def __getitem__(self, step: int) -> tuple[list[Scene], Tensor]:
         dice = rng(self.seed, step)
         drawn = self.mix.pairs(self.batch, dice)
-        scenes = [told_scene(self.icons, first, second, dice) for first, second in drawn]
+        scenes = [told_scene(self.icons, first, second, dice, self.pairs) for first, second in drawn]
         texts = [self.text(scene, dice) for scene in scenes]
         return scenes, tokens(self.tokenizer, texts)
 
@@ -227,12 +230,12 @@ def train(options: argparse.Namespace) -> None:
     model = new_model(options).to(device)
     average = Average(model, options.decay)
     optimizer = Muon(groups(model), lr=options.rate)
-    kept = ("prediction", "batch", "rate", "decay", "fall", "seed")
+    kept = ("prediction", "batch", "rate", "decay", "fall", "pairs", "seed")
     settings = {name: getattr(options, name) for name in kept} | {"autoencoder": fingerprint(vae)}
     run = Run(options.out, settings, {"model": model, "average": average, "optimizer": optimizer})
     forward: nn.Module = torch.compile(model) if options.compile else model  # type: ignore[assignment]
     latents = Latents(vae, icons, shown, options.out / "latents.safetensors", options.float32)
-    steps = Steps(icons, shown, tokenizer, names, options.batch, options.seed)
+    steps = Steps(icons, shown, tokenizer, names, options.batch, options.seed, options.pairs)
     numbers = range(run.step, options.steps)
     loader = DataLoader(steps, sampler=numbers, batch_size=None, num_workers=options.workers)
     loss_sum = torch.zeros((), device=device)
