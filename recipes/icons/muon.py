@@ -64,6 +64,13 @@ class Muon(torch.optim.Optimizer):
         return (state["mean"] / (1 - betas[0] ** count)) / ((state["square"] / (1 - betas[1] ** count)).sqrt() + 1e-8)
 
 
+def groups(model: nn.Module, others: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """A model's parameters as Muon takes them: `others` are Adam's."""
+    known = {id(each) for each in others}
+    parts = [[each for each in model.parameters() if (id(each) in known) == wanted] for wanted in (False, True)]
+    return [{"params": parts[0]}, {"params": parts[1], "matrix": False}]
+
+
 def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
     """The matrix with its singular values near 1, by an iteration that needs products alone.
 

@@ -21,6 +21,15 @@ from calotype.precision import multiplies_bfloat16
 from calotype.weights.write import replacing
 
 
+def add_options(parser: argparse.ArgumentParser, save_every: int) -> None:
+    """What every training's command line has, beside its own."""
+    parser.add_argument("--save-every", type=int, default=save_every)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, help="read that many icons, for a quick try")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 where there is some")
+
+
 def pick_device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 

@@ -180,7 +180,7 @@ class Mix:
     def mate(self, i: int, rng: Generator) -> int:
         """One of the same style with a short name."""
         mates = self.mates.get(self.icons.rows[i]["style"]) or [i]
-        return mates[int(rng.integers(len(mates)))]
+        return one_of(mates, rng)
 
 
 def short(row: dict[str, Any]) -> bool:
@@ -281,10 +281,9 @@ def caption(icons: Icons, scene: Scene, rng: Generator) -> str:
     rows = [icons.rows[i] for i in scene.icons]
     if rng.random() < 0.1:
         return ""
-    ground = f", on a {scene.ground} background" if scene.ground else ""
+    ground = on_ground(scene)
     row = rows[0]
-    words = STYLES[row["style"]]
-    style = words[int(rng.integers(len(words)))]
+    style = one_of(STYLES[row["style"]], rng)
     named = style_named(row, rng)
     if len(rows) == 2:
         left, right = (with_article(row["caption"]) for row in rows)
@@ -312,6 +311,11 @@ def caption(icons: Icons, scene: Scene, rng: Generator) -> str:
     return plain(list(phrases)[int(rng.choice(len(phrases), p=share / share.sum()))] + ground)
 
 
+def on_ground(scene: Scene) -> str:
+    """What a caption ends with, where the background is to be told."""
+    return f", on a {scene.ground} background" if scene.ground else ""
+
+
 def style_named(row: dict[str, Any], rng: Generator) -> bool:
     """Whether a caption has to say the style: half the time, and nearly always where the name alone means another."""
     return bool(rng.random() < (0.5 if row["usual"] else 1 - UNSAID))
@@ -332,10 +336,14 @@ def names_alone(icons: Icons, names: Names, scene: Scene) -> dict[str, list[str]
 
 def translated(names: dict[str, list[str]], rng: Generator) -> str:
     """A caption in one of the other languages: the name, or with keywords; no style, whose words are English."""
-    words = names[sorted(names)[int(rng.integers(len(names)))]]
+    words = names[one_of(sorted(names), rng)]
     if rng.random() < 0.7 or len(words) < 3:
         return words[0].lower()
     return " ".join([words[0], words[1 + int(rng.integers(len(words) - 1))]]).lower()
+
+
+def one_of(some: Sequence[Any], rng: Generator) -> Any:
+    return some[int(rng.integers(len(some)))]
 
 
 def plain(text: str) -> str:

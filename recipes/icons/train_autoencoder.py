@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from folders import write_json, write_part
 from muon import Muon
-from resumable import Average, Run, autocast, learn, pick_device, rng
+from resumable import Average, Run, add_options, autocast, learn, pick_device, rng
 from scenes import SIZE, Icons, Scene, any_scene, read_icons, render, unseen
 from torch import Tensor, nn
 
@@ -58,11 +58,7 @@ def main() -> None:
         help="in the last share of the steps there are no crops, and the rate falls",
     )
     parser.add_argument("--rate", type=float, default=1.5e-3)
-    parser.add_argument("--save-every", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="read that many icons, for a quick try")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16 where there is some")
+    add_options(parser, save_every=200)
     parser.add_argument("--compile", action="store_true", help="worth it on a GPU")
     options = parser.parse_args()
     if options.decoder and options.start is None:

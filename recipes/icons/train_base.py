@@ -17,15 +17,15 @@ import json
 import shutil
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from folders import write_json, write_part
-from muon import Muon
-from resumable import Average, Run, autocast, descend, finite, pick_device, rate, rng
+from muon import Muon, groups
+from resumable import Average, Run, add_options, autocast, descend, finite, pick_device, rate, rng
 from safetensors.torch import load_file
 from scenes import (
     PAIRS,
@@ -80,14 +80,10 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=0.999, help="of the moving average")
     parser.add_argument("--fall", type=float, default=0.3, help="the rate falls in the last share of the steps")
     parser.add_argument("--pairs", type=float, default=PAIRS, help="share of pictures with two icons")
-    parser.add_argument("--save-every", type=int, default=250)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="read that many icons, for a quick try")
+    add_options(parser, save_every=250)
     parser.add_argument(
         "--workers", type=int, default=0, help="processes that choose scenes and captions: 8 beside a GPU"
     )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16 where there is some")
     parser.add_argument("--compile", action="store_true", help="worth it on a GPU")
     options = parser.parse_args()
     train(options)
@@ -202,12 +198,10 @@ def weighted(schedule: NoiseSchedule, output: Tensor, x: Tensor, x0: Tensor, t: 
     return error * snr.clamp(LEAST, MOST) / (snr if schedule.prediction == "epsilon" else snr + 1)
 
 
-def groups(model: Model) -> list[dict[str, Any]]:
-    """What Muon treats as matrices, and the rest: embeddings, and the convolutions to and from the latents."""
-    unet, embeddings = model.unet, model.text.text_model.embeddings
-    ends = {id(each) for part in (unet.conv_in, unet.conv_out, embeddings) for each in part.parameters()}
-    parts = [[each for each in model.parameters() if (id(each) in ends) == wanted] for wanted in (False, True)]
-    return [{"params": parts[0]}, {"params": parts[1], "matrix": False}]
+def ends(model: Model) -> Iterator[nn.Parameter]:
+    """What Muon does not treat as matrices: embeddings, and the convolutions to and from the latents."""
+    for part in (model.unet.conv_in, model.unet.conv_out, model.text.text_model.embeddings):
+        yield from part.parameters()
 
 
 def train(options: argparse.Namespace) -> None:
@@ -229,7 +223,7 @@ def train(options: argparse.Namespace) -> None:
 
     model = new_model(options).to(device)
     average = Average(model, options.decay)
-    optimizer = Muon(groups(model), lr=options.rate)
+    optimizer = Muon(groups(model, ends(model)), lr=options.rate)
     kept = ("prediction", "batch", "rate", "decay", "fall", "pairs", "seed")
     settings = {name: getattr(options, name) for name in kept} | {"autoencoder": fingerprint(vae)}
     run = Run(options.out, settings, {"model": model, "average": average, "optimizer": optimizer})

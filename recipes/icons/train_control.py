@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from folders import write_json, write_part
-from resumable import Average, Run, autocast, learn, pick_device, rng
+from resumable import Average, Run, add_options, autocast, learn, pick_device, rng
 from scenes import read_icons, read_names, render, shown_and_held_out
 from torch import Tensor, nn
 from train_base import Steps, chances, early, latents_of, weighted
@@ -46,11 +46,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=800, help="may be another when a run goes on")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=3e-4)
-    parser.add_argument("--save-every", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="read that many icons, for a quick try")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16 where there is some")
+    add_options(parser, save_every=100)
     train(parser.parse_args())
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from folders import write_json, write_part
-from resumable import Average, Run, autocast, learn, pick_device
+from resumable import Average, Run, add_options, autocast, learn, pick_device
 from scenes import Scene, read_icons, read_names, render, shown_and_held_out
 from torch import Tensor, nn
 from train_base import Steps, chances, early, latents_of, weighted
@@ -56,11 +56,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500, help="may be another when a run goes on")
     parser.add_argument("--batch", type=int, default=4, help="clips")
     parser.add_argument("--rate", type=float, default=5e-4)
-    parser.add_argument("--save-every", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="read that many icons, for a quick try")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16 where there is some")
+    add_options(parser, save_every=100)
     train(parser.parse_args())
 
 

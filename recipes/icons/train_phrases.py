@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from folders import write_json, write_part
-from muon import Muon
+from muon import Muon, groups
 from numpy.random import Generator
-from resumable import Average, Run, autocast, learn, pick_device, rng
+from resumable import Average, Run, add_options, autocast, learn, pick_device, rng
 from scenes import (
     STYLES,
     Icons,
@@ -34,6 +34,8 @@ from scenes import (
     Scene,
     caption,
     names_alone,
+    on_ground,
+    one_of,
     plain,
     read_icons,
     read_names,
@@ -50,7 +52,6 @@ from train_text import text_content
 from words import tokens
 
 from calotype.nn.attention import Attention
-from calotype.nn.clip import CLIPText
 from calotype.nn.unet import Conditioning
 from calotype.nn.vae import AutoencoderKL
 from calotype.parts import Parts
@@ -70,11 +71,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=900, help="may be another when a run goes on")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=1.5e-3)
-    parser.add_argument("--save-every", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="read that many icons, for a quick try")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16 where there is some")
+    add_options(parser, save_every=50)
     train(parser.parse_args())
 
 
@@ -90,6 +87,7 @@ IN_STYLE = (" in {} style", " in a {} style", " in the style of {}", ", in {} st
 GROUNDS = (" on a {} background", " with a {} background", " in front of a {} background", " on {}", ", {} background")
 BESIDE = ("next to", "beside", "with", "and", "near", "together with")
 FINE = ("cute", "beautiful", "nice", "lovely", "pretty", "little", "cool", "single", "real", "detailed", "typical")
+WHOSE = ("the", "one", "some", "my", "your")
 ENDINGS = ("", "", "", ".", "!", ", please")
 ABROAD = {
     "ar": ("صورة {}", "رسم {}", "ارسم {}", "ال{}"),
@@ -106,13 +104,11 @@ class Sayings:
 
     def __init__(self, icons: Icons, names: Names, shown: Sequence[int], seed: int) -> None:
         self.icons, self.mix, self.seed = icons, Mix(icons, shown), seed
-        self.translated: list[tuple[str, dict[str, list[str]]]] = []  # the English name, and those in other languages
-        known = set()
+        found: dict[str, tuple[str, dict[str, list[str]]]] = {}  # by code points
         for i in shown:
-            others, code = names_alone(icons, names, Scene((i,))), icons.rows[i]["hex"]
-            if others and code not in known:
-                known.add(code)
-                self.translated.append((icons.rows[i]["caption"].lower(), others))
+            if others := names_alone(icons, names, Scene((i,))):
+                found.setdefault(icons.rows[i]["hex"], (icons.rows[i]["caption"].lower(), others))
+        self.translated = list(found.values())  # the English name, and those in other languages
         if not self.translated:
             raise SystemExit("no icon has a name in another language: names.json of draw.py has them")
 
@@ -146,21 +142,13 @@ def in_other_words(icons: Icons, scene: Scene, dice: Generator) -> tuple[str, st
     rows = [icons.rows[i] for i in scene.icons]
     row = rows[0]
     style = one_of(STYLES[row["style"]], dice) if style_named(row, dice) else ""
-    ground = f", on a {scene.ground} background" if scene.ground else ""
-    things = [row["caption"] for row in rows]
-    things[0] = f"{scene.color} {things[0]}".strip()
     if len(rows) == 2:
-        left, right = map(with_article, things)
+        left, right = (with_article(row["caption"]) for row in rows)
         subject, meant = f"{left} {one_of(BESIDE, dice)} {right}", f"{left} and {right}"
     else:
-        meant = things[0]
-        subject = f"{one_of(('the', 'one', 'some', 'my', 'your'), dice)} {meant}" if dice.random() < 0.2 else ""
-        if not subject and dice.random() < 0.25:
-            subject = with_article(f"{one_of(FINE, dice)} {meant}")
-        if not subject and row["kw"] and dice.random() < 0.25:  # "a slice of pizza" is a pizza
-            word = one_of(row["kw"], dice)
-            subject = one_of((f"{word} {meant}", f"{meant} {word}", f"{with_article(word)} of {meant}"), dice)
-        subject = subject or with_article(meant)
+        meant = f"{scene.color} {row['caption']}".strip()
+        subject = called(meant, row["kw"], dice)
+    ground = on_ground(scene)
     opening = one_of(OPENINGS, dice) if dice.random() < 0.6 else ""
     if style:
         meant = f"{meant}, {style} style"
@@ -174,8 +162,16 @@ def in_other_words(icons: Icons, scene: Scene, dice: Generator) -> tuple[str, st
     return said.lower(), plain(meant + ground)
 
 
-def one_of(some: Sequence[str], dice: Generator) -> str:
-    return some[int(dice.integers(len(some)))]
+def called(thing: str, keywords: Sequence[str], dice: Generator) -> str:
+    """One thing, as people speak of it."""
+    if dice.random() < 0.2:
+        return f"{one_of(WHOSE, dice)} {thing}"
+    if dice.random() < 0.25:
+        return with_article(f"{one_of(FINE, dice)} {thing}")
+    if keywords and dice.random() < 0.25:  # "a slice of pizza" is a pizza
+        word = one_of(keywords, dice)
+        return one_of((f"{word} {thing}", f"{thing} {word}", f"{with_article(word)} of {thing}"), dice)
+    return with_article(thing)
 
 
 # ---- what is asked ----
@@ -194,7 +190,7 @@ class Reader(nn.Module):
         questions = zip(self.layers, self.asked, chosen, strict=True)
         return [layer(asked[rows], context) for layer, asked, rows in questions]
 
-    def choose(self, count: int, dice: Any) -> list[Tensor]:
+    def choose(self, count: int, dice: Generator) -> list[Tensor]:
         """Rows (B, QUERIES) of each layer's inputs."""
         return [torch.from_numpy(dice.integers(len(asked), size=(count, QUERIES))) for asked in self.asked]
 
@@ -215,7 +211,7 @@ def reader_of(parts: Parts, icons: Icons, steps: Steps, seed: int) -> Reader:
         parts.unet(schedule.add_noise(x0, noise, t), t, Conditioning(text(ids.to(device)).last))
     for hook in hooks:
         hook.remove()
-    return Reader([*layers], [torch.cat(asked[layer]).flatten(0, 1) for layer in layers])
+    return Reader(layers, [torch.cat(asked[layer]).flatten(0, 1) for layer in layers])
 
 
 def loss_of(read: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
@@ -244,7 +240,7 @@ def train(options: argparse.Namespace) -> None:
 
     model = copy.deepcopy(before).requires_grad_(True)
     average = Average(model, decay=0.99)
-    optimizer = Muon(groups(model), lr=options.rate)
+    optimizer = Muon(groups(model, model.text_model.embeddings.parameters()), lr=options.rate)
     settings = {name: getattr(options, name) for name in ("batch", "rate", "seed")}
     run = Run(options.out, settings, {"model": model, "average": average, "optimizer": optimizer})
 
@@ -273,13 +269,6 @@ def train(options: argparse.Namespace) -> None:
     write_json(options.out / "training.json", {**settings, "steps": run.step, "seconds": round(run.elapsed)})
     write_part(options.out / "text_encoder", "model", text.state_dict(), text_content(text.config))
     print(f"{options.out}: {run.step} steps of {options.batch}; {run.elapsed:.0f} s")
-
-
-def groups(text: CLIPText) -> list[dict[str, Any]]:
-    """What Muon treats as matrices, and the embeddings."""
-    ends = {id(each) for each in text.text_model.embeddings.parameters()}
-    parts = [[each for each in text.parameters() if (id(each) in ends) == wanted] for wanted in (False, True)]
-    return [{"params": parts[0]}, {"params": parts[1], "matrix": False}]
 
 
 if __name__ == "__main__":

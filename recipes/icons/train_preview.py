@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from folders import write_json, write_part
-from resumable import Average, Run, autocast, learn, pick_device, rng
+from resumable import Average, Run, add_options, autocast, learn, pick_device, rng
 from scenes import any_scene, read_icons, render, unseen
 from torch import Tensor, nn
 from train_autoencoder import distance, disturbance, psnr
@@ -33,11 +33,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500, help="may be another when a run goes on")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--save-every", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="read that many icons, for a quick try")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16 where there is some")
+    add_options(parser, save_every=200)
     train(parser.parse_args())
 
 

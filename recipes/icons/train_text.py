@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from folders import read_part, write_json, write_part
-from resumable import Average, Run, autocast, learn, pick_device, rng
+from resumable import Average, Run, add_options, autocast, learn, pick_device, rng
 from scenes import (
     STYLES,
     Icons,
@@ -66,11 +66,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2500, help="may be another when a run goes on")
     parser.add_argument("--batch", type=int, default=192)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--save-every", type=int, default=250)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="read that many icons, for a quick try")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16 where there is some")
+    add_options(parser, save_every=250)
     train(parser.parse_args())
 
 
