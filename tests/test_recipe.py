@@ -189,8 +189,8 @@ def test_other_phrases_come_to_mean_the_names(data: Path, base: Path, tmp_path: 
 
 
 def test_phrases_say_the_whole_scene_and_mean_a_caption(data: Path) -> None:
+    from phrases import in_other_words
     from scenes import STYLES, Scene, read_icons
-    from train_phrases import in_other_words
 
     icons = read_icons(data)
     dice = np.random.default_rng(0)
@@ -239,6 +239,34 @@ def test_packing_links_what_others_have(base: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(SystemExit, match=r"names \{base\.nothing\}, which .* has no record of"):
         pack(base, student, "--card", card)
     assert (student / "unet" / "config.json").read_text() == "{}"  # as it was
+
+
+def test_a_distilled_model_moves_as_its_base_does(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import add_difference
+    import package
+    from folders import read_part, write_part
+
+    def run(script: Any, *arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+        script.main()
+
+    new, distilled, out = tmp_path / "new", tmp_path / "distilled", tmp_path / "out"
+    for folder in (new, distilled):
+        run(package, base, folder)
+    config = json.loads((base / "unet" / "config.json").read_text())
+    old = {name: tensor.float() for name, tensor in read_part(base / "unet").items()}
+    write_part(new / "unet", "diffusion_pytorch_model", {k: v + 0.25 for k, v in old.items()}, config)
+    own = {"time_embedding.cond_proj.weight": torch.ones(4, 8)}  # as an LCM's has
+    write_part(distilled / "unet", "diffusion_pytorch_model", {k: v * 2 for k, v in old.items()} | own, config)
+    run(add_difference, distilled, base, new, out)
+    found = read_part(out / "unet")
+    assert found.keys() == old.keys() | own.keys()
+    for name, tensor in old.items():
+        torch.testing.assert_close(found[name].float(), tensor * 2 + 0.25, atol=2e-3, rtol=2e-3)
+    assert torch.equal(found["time_embedding.cond_proj.weight"].float(), torch.ones(4, 8))
+    assert calotype.load(new)("red circle", steps=1, guidance=1.0).image.size == (128, 128)
+    with pytest.raises(SystemExit, match="is not of one shape in all three"):
+        add_difference.moved(old, old, {**old, "conv_in.weight": torch.zeros(1)})
 
 
 def test_a_stopped_stage_goes_on_as_if_it_had_not_been(
@@ -382,8 +410,12 @@ def test_two_icons_are_in_as_many_pictures_as_asked_for(share: float, data: Path
     from scenes import read_icons, told_scene
 
     icons, dice = read_icons(data), np.random.default_rng(0)
-    scenes = [told_scene(icons, 0, 4, dice, share) for _ in range(200)]
-    assert sum(len(scene.icons) == 2 for scene in scenes) / 200 == pytest.approx(share, abs=0.1 * (0 < share < 1))
+    shares = {}
+    for first in (0, 2):  # a flat one, which needs no word for its style, and a blob, which does
+        scenes = [told_scene(icons, first, 4, dice, share) for _ in range(400)]
+        shares[icons.rows[first]["style"]] = sum(len(scene.icons) == 2 for scene in scenes) / 400
+    assert shares["flat"] == pytest.approx(share, abs=0.08 * (0 < share < 1))
+    assert shares["blob"] == pytest.approx(share / 3, abs=0.08 * (share > 0))
 
 
 def test_held_out_pairs_are_never_shown() -> None:

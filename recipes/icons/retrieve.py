@@ -5,8 +5,8 @@
 DATA is what draw.py leaves. JUDGE is another run of train_text.py than the one the model grew from, with another seed
 and `--held-out 400`: 200 pairs of a concept and a style that the model saw and the judge did not, and 200 that neither
 saw, though each saw both of each pair elsewhere. Beside the real pictures of these pairs stand the model's, seed 0
-onwards. Concepts are asked for in other languages too, by name alone, and in English phrases that nothing was trained
-on; these are judged by their English names.
+onwards. Two things in one picture are cut apart and judged one by one. Concepts are asked for in other languages too,
+by name alone, and in English phrases that nothing was trained on; these are judged by their English names.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from scenes import Scene, held_out_pairs, read_icons, read_names, render, with_article
+import torch.nn.functional as F
+from phrases import NEVER
+from scenes import SIZE, Scene, held_out_pairs, read_icons, read_names, render, with_article
 from torch import Tensor
-from train_phrases import NEVER
+from train_base import one_and_two
 from train_text import CHOICES, LANGUAGES, name_in, picked, read_towers
 
 from calotype.parts import Parts
@@ -54,7 +56,13 @@ def main() -> None:
         texts = [name_in("en", icons.rows[i], names) for i in rows]
         real = found(render(icons, [Scene((i,)) for i in rows]), texts)
         table[f"concept and style, {kind}"] = {"real": real, "drawn": found(drawn(parts, texts, options), texts)}
-    rows = [i for i, row in enumerate(icons.rows) if row["id"] in pairs["seen"]][: options.count]
+    rows = [i for i, row in enumerate(icons.rows) if row["id"] in pairs["seen"]]
+    scenes, asked = (some[: options.count // 2 // CHOICES * CHOICES] for some in one_and_two(icons, rows)["two"])
+    real, made = (halves(pictures) for pictures in (render(icons, scenes), drawn(parts, asked, options)))
+    for side, name in enumerate(("left", "right")):
+        texts = [name_in("en", icons.rows[scene.icons[side]], names) for scene in scenes]
+        table[f"the {name} of two"] = {"real": found(real[side], texts), "drawn": found(made[side], texts)}
+    rows = rows[: options.count]
     english = [icons.rows[i]["caption"].lower() for i in rows]
     for language in LANGUAGES:
         asked = english if language == "en" else [name_in(language, icons.rows[i], names) for i in rows]
@@ -64,6 +72,13 @@ def main() -> None:
     for name, figures in table.items():
         print(f"{name}: {', '.join(f'{who} {share:.3f}' for who, share in figures.items())}")
     print(json.dumps(table))
+
+
+def halves(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """The left and the right one of two side by side (n, 3, 128, 128), each as large as one by itself."""
+    quarter, half = SIZE // 4, SIZE // 2
+    strip = F.interpolate(pictures[:, :, quarter:-quarter], scale_factor=2, mode="bilinear")
+    return strip[..., : 2 * half], strip[..., 2 * half :]
 
 
 def drawn(parts: Parts, prompts: Sequence[str], options: argparse.Namespace) -> Tensor:

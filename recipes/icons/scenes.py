@@ -60,7 +60,7 @@ WEIGHTS = {
     **dict.fromkeys(("weather", "sticker"), 0.35),
     **dict.fromkeys(("clip art", "outlined color", "flat ui", "glossy ui"), 0.2),
 }
-PAIRS = 0.08  # share of pictures with two icons
+PAIRS = 0.08  # share of pictures with two icons, among those that a name alone means; of the others a third as many
 UNSAID = 0.15  # share of the others' captions without a style all the same
 UNTOLD = "badge"  # a style that the models never see: train_style.py teaches it to them
 CROWDED = {"people-body", "symbols"}  # a quarter of all emoji: each counts half
@@ -247,7 +247,7 @@ def any_scene(allowed: Sequence[int], rng: Generator) -> Scene:
 def told_scene(icons: Icons, first: int, second: int, rng: Generator, pairs: float = PAIRS) -> Scene:
     """For the base model: what a caption can tell. Mostly the icon as it is, on white."""
     row = icons.rows[first]
-    pair = rng.random() < pairs and short(row)
+    pair = rng.random() < (pairs if row["usual"] else pairs / 3) and short(row)
     chosen = (first, second) if pair else (first,)
     ground = str(rng.choice(list(BACKGROUNDS))) if rng.random() < 0.1 else ""
     background = BACKGROUNDS.get(ground, (255, 255, 255))

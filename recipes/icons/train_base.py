@@ -17,7 +17,9 @@ import json
 import shutil
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +27,27 @@ import numpy as np
 import torch
 from folders import write_json, write_part
 from muon import Muon, groups
+from phrases import abroad, in_other_words
 from resumable import Average, Run, add_options, autocast, descend, finite, pick_device, rate, rng
 from safetensors.torch import load_file
 from scenes import (
     PAIRS,
     SIZE,
+    STYLES,
     Icons,
     Mix,
     Names,
     Scene,
     caption,
     names_alone,
+    plain,
     read_icons,
     read_names,
     render,
+    short,
     shown_and_held_out,
     told_scene,
-    translated,
+    with_article,
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -63,6 +69,7 @@ BASE = Path(__file__).parent / "base"  # whose configs are taken: the U-Net's sh
 # section 4): where there is little but noise, the text decides, and a few-step sampler begins.
 LEAST, MOST = 1.0, 5.0
 FOREIGN = 0.35  # share of captions in another language, where there is one and a name alone means the picture
+PHRASED = 0.1  # share of the English ones that are as people write it
 
 
 def main() -> None:
@@ -79,7 +86,10 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--decay", type=float, default=0.999, help="of the moving average")
     parser.add_argument("--fall", type=float, default=0.3, help="the rate falls in the last share of the steps")
-    parser.add_argument("--pairs", type=float, default=PAIRS, help="share of pictures with two icons")
+    parser.add_argument("--warm", type=int, default=100, help="the rate rises in so many steps")
+    parser.add_argument(
+        "--pairs", type=float, default=PAIRS, help="share of pictures with two icons, in the styles that need no word"
+    )
     add_options(parser, save_every=250)
     parser.add_argument(
         "--workers", type=int, default=0, help="processes that choose scenes and captions: 8 beside a GPU"
@@ -112,7 +122,9 @@ class Steps(Dataset[tuple[list[Scene], Tensor]]):
     def text(self, scene: Scene, dice: np.random.Generator) -> str:
         names = names_alone(self.icons, self.names, scene)
         if names and dice.random() < FOREIGN:
-            return translated(names, dice)
+            return abroad(names, dice)
+        if dice.random() < PHRASED:
+            return in_other_words(self.icons, scene, dice)[0]
         return caption(self.icons, scene, dice)
 
 
@@ -224,7 +236,7 @@ def train(options: argparse.Namespace) -> None:
     model = new_model(options).to(device)
     average = Average(model, options.decay)
     optimizer = Muon(groups(model, ends(model)), lr=options.rate)
-    kept = ("prediction", "batch", "rate", "decay", "fall", "pairs", "seed")
+    kept = ("prediction", "batch", "rate", "decay", "fall", "warm", "pairs", "seed")
     settings = {name: getattr(options, name) for name in kept} | {"autoencoder": fingerprint(vae)}
     run = Run(options.out, settings, {"model": model, "average": average, "optimizer": optimizer})
     forward: nn.Module = torch.compile(model) if options.compile else model  # type: ignore[assignment]
@@ -232,6 +244,7 @@ def train(options: argparse.Namespace) -> None:
     steps = Steps(icons, shown, tokenizer, names, options.batch, options.seed, options.pairs)
     numbers = range(run.step, options.steps)
     loader = DataLoader(steps, sampler=numbers, batch_size=None, num_workers=options.workers)
+    tests = {name: test for name, test in one_and_two(icons, judged).items() if test[0]}
     loss_sum = torch.zeros((), device=device)
     since, began = run.step, time.monotonic()
     for scenes, ids in loader:
@@ -239,7 +252,7 @@ def train(options: argparse.Namespace) -> None:
         noise, t = chances(x0, options.seed, run.step, schedule.T)
         with autocast(device, options.float32):
             loss = loss_of(forward, schedule, x0, noise, t, ids.to(device)).mean()
-        descend(optimizer, loss, rate(run.step, options.steps, options.rate, options.fall, warm=100))
+        descend(optimizer, loss, rate(run.step, options.steps, options.rate, options.fall, options.warm))
         average.update(model, run.step)
         run.step += 1
         loss_sum += loss.detach()  # not .item(): a GPU need not wait at every step
@@ -247,7 +260,10 @@ def train(options: argparse.Namespace) -> None:
             mean_loss = finite(loss_sum / (run.step - since), run.step)
             speed = options.batch * (run.step - since) / (time.monotonic() - began)
             run.save()
-            found = {"held_out": judge(average, vae, schedule, icons, judged, tokenizer)} if judged else {}
+            found = {
+                f"held_out_{name}": judge(average, vae, schedule, icons, scenes, texts, tokenizer)
+                for name, (scenes, texts) in tests.items()
+            }
             run.log(loss=mean_loss, **found, per_second=speed)
             loss_sum, since, began = torch.zeros((), device=device), run.step, time.monotonic()
     network: Any = average.network
@@ -284,25 +300,40 @@ def early(t: Tensor, T: int) -> Tensor:
     return ((1 - (t / T) ** 3) * T).long().clamp(max=T - 1)
 
 
+def one_and_two(icons: Icons, chosen: Sequence[int]) -> dict[str, tuple[list[Scene], list[str]]]:
+    """Icons by caption and style, one by one and two of a style side by side; such as were never shown."""
+    one = [Scene((i,)) for i in chosen], [name_in("en", icons.rows[i], {}) for i in chosen]
+    brief: dict[str, list[int]] = defaultdict(list)
+    for i in chosen:
+        if short(icons.rows[i]):
+            brief[icons.rows[i]["style"]].append(i)
+    two = [pair for some in brief.values() for pair in pairwise(some)]
+    return {"one": one, "two": ([Scene(pair) for pair in two], [both(icons, pair) for pair in two])}
+
+
+def both(icons: Icons, pair: Sequence[int]) -> str:
+    left, right = (with_article(icons.rows[i]["caption"]) for i in pair)
+    return plain(f"{left} and {right}, {STYLES[icons.rows[pair[0]]['style']][0]}")
+
+
 @torch.no_grad()
 def judge(
     average: Average,
     vae: AutoencoderKL,
     schedule: NoiseSchedule,
     icons: Icons,
-    judged: Sequence[int],
+    scenes: Sequence[Scene],
+    texts: Sequence[str],
     tokenizer: Tokenizer,
 ) -> float:
-    """The average's loss on the pairs that it never saw, each by its caption and style; always under the same noise."""
+    """The average's loss on scenes by their captions; always under the same noise."""
     device = next(average.parameters()).device
     losses = []
-    for number, start in enumerate(range(0, len(judged), 50)):
-        rows = judged[start : start + 50]
-        scenes = [Scene((i,)) for i in rows]
-        texts = [name_in("en", icons.rows[i], {}) for i in rows]
-        x0 = latents_of(vae, render(icons, scenes, device))
+    for number, start in enumerate(range(0, len(scenes), 50)):
+        some = slice(start, start + 50)
+        x0 = latents_of(vae, render(icons, scenes[some], device))
         noise, t = chances(x0, 1, number, schedule.T)
-        losses.append(loss_of(average.network, schedule, x0, noise, t, tokens(tokenizer, texts).to(device)))
+        losses.append(loss_of(average.network, schedule, x0, noise, t, tokens(tokenizer, texts[some]).to(device)))
     return torch.cat(losses).mean().item()
 
 
