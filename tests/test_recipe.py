@@ -255,16 +255,23 @@ def test_a_distilled_model_moves_as_its_base_does(base: Path, tmp_path: Path, mo
         run(package, base, folder)
     config = json.loads((base / "unet" / "config.json").read_text())
     old = {name: tensor.float() for name, tensor in read_part(base / "unet").items()}
-    write_part(new / "unet", "diffusion_pytorch_model", {k: v + 0.25 for k, v in old.items()}, config)
+    write_part(new / "unet", "diffusion_pytorch_model", {k: v + 0.5 for k, v in old.items()}, config)
+    text = read_part(base / "text_encoder")
+    read = json.loads((base / "text_encoder" / "config.json").read_text())
+    write_part(new / "text_encoder", "model", {k: v + 1 for k, v in text.items()}, read)
     own = {"time_embedding.cond_proj.weight": torch.ones(4, 8)}  # as an LCM's has
     write_part(distilled / "unet", "diffusion_pytorch_model", {k: v * 2 for k, v in old.items()} | own, config)
-    run(add_difference, distilled, base, new, out)
+    run(add_difference, distilled, base, new, out, "--share", 0.5)
     found = read_part(out / "unet")
     assert found.keys() == old.keys() | own.keys()
     for name, tensor in old.items():
         torch.testing.assert_close(found[name].float(), tensor * 2 + 0.25, atol=2e-3, rtol=2e-3)
     assert torch.equal(found["time_embedding.cond_proj.weight"].float(), torch.ones(4, 8))
-    assert calotype.load(new)("red circle", steps=1, guidance=1.0).image.size == (128, 128)
+    moved = read_part(out / "text_encoder")
+    assert all(torch.allclose(moved[name].float(), text[name].float() + 0.5, atol=2e-3) for name in text)
+    run(add_difference, base, base, new, out, "--share", 0)  # in the same place
+    assert calotype.load(out)("red circle", steps=1, guidance=1.0).image.size == (128, 128)
+    assert json.loads((out / "training.json").read_text())["share"] == 0
     with pytest.raises(SystemExit, match="is not of one shape in all three"):
         add_difference.moved(old, old, {**old, "conv_in.weight": torch.zeros(1)})
 
