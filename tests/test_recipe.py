@@ -102,8 +102,8 @@ def base_options(data: Path, autoencoder: Path, text: Path, out: Path, steps: in
     unet = out.parent / "unet.json"
     unet.write_text(json.dumps(config))
     return Namespace(**COMMON, data=data, autoencoder=autoencoder, text=text, out=out, start=None, unet=unet,
-                     prediction="v_prediction", steps=steps, batch=4, rate=1e-3, decay=0.9, fall=0.3, pairs=0.3,
-                     workers=0)  # fmt: skip
+                     prediction="v_prediction", steps=steps, batch=4, rate=1e-3, decay=0.9, fall=0.3, warm=100,
+                     pairs=0.3, workers=0)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
