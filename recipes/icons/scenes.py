@@ -60,7 +60,7 @@ WEIGHTS = {
     **dict.fromkeys(("weather", "sticker"), 0.35),
     **dict.fromkeys(("clip art", "outlined color", "flat ui", "glossy ui"), 0.2),
 }
-PAIRS = 0.08  # share of pictures with two icons, among those that a name alone means; of the others a third as many
+PAIRS = 0.15  # share of pictures with two icons, among those that a name alone means; of the others a third as many
 UNSAID = 0.15  # share of the others' captions without a style all the same
 UNTOLD = "badge"  # a style that the models never see: train_style.py teaches it to them
 CROWDED = {"people-body", "symbols"}  # a quarter of all emoji: each counts half
