@@ -16,12 +16,12 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from folders import read_part, write_json, write_part
+from folders import STEMS, must_be_finished, read_part, write_json, write_part
 from torch import Tensor
 
 from calotype.weights.write import replacing_folder
 
-STEMS = {"unet": "diffusion_pytorch_model", "text_encoder": "model"}
+MOVED = ("unet", "text_encoder")
 RECORD = "training.json"
 
 
@@ -32,14 +32,13 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the difference")
     options = parser.parse_args()
     for folder in (options.model, options.base, options.new):
-        if not (folder / "model_index.json").is_file():
-            raise SystemExit(f"{folder} is no finished model: it lacks model_index.json")
+        must_be_finished(folder)
     with replacing_folder(options.out) as folder:
-        shutil.copytree(options.model, folder, ignore=shutil.ignore_patterns(*STEMS), dirs_exist_ok=True)
-        for part, stem in STEMS.items():
+        shutil.copytree(options.model, folder, ignore=shutil.ignore_patterns(*MOVED), dirs_exist_ok=True)
+        for part in MOVED:
             three = [read_part(each / part) for each in (options.model, options.base, options.new)]
             config = json.loads((options.model / part / "config.json").read_text(encoding="utf-8"))
-            write_part(folder / part, stem, moved(*three, options.share), config)
+            write_part(folder / part, STEMS[part], moved(*three, options.share), config)
         if (folder / RECORD).is_file() and (options.new / RECORD).is_file():  # a base model says how it was made
             record = json.loads((options.new / RECORD).read_text(encoding="utf-8"))
             write_json(folder / RECORD, {**record, "share": options.share})

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from calotype.weights.write import Pending, write_safetensors
 
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 SHARD = 15 << 20  # bytes of a file at most: small enough for version control and any way between machines
 
 
@@ -47,6 +48,11 @@ def write_part(
 def read_part(folder: Path) -> dict[str, Tensor]:
     """The tensors of a part's folder, whatever files they are in."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def must_be_finished(model: Path) -> None:
+    if not (model / "model_index.json").is_file():
+        raise SystemExit(f"{model} is no finished model: it lacks model_index.json")
 
 
 def write_json(path: Path, content: object) -> None:

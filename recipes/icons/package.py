@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from folders import SHARD, read_part, write_part
+from folders import SHARD, STEMS, must_be_finished, read_part, write_part
 
 from calotype.weights.write import replacing_folder
 
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 FILES = ("calotype.json", "training.json", "distillation.json", "model_index.json")
 RECORDS = {"base": "training.json", "autoencoder": "vae/training.json"}  # so that a card can say {base.steps}
 
@@ -37,8 +36,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="the base model that it was distilled from, as it was trained")
     parser.add_argument("--whole", action="store_true", help="a file a part, however large; else at most 15 MiB each")
     options = parser.parse_args()
-    if not (options.model / "model_index.json").is_file():
-        raise SystemExit(f"{options.model} is no finished model: it lacks model_index.json")
+    must_be_finished(options.model)
     out: Path = options.out
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing_folder(out) as folder:
