@@ -57,7 +57,8 @@ def main() -> None:
         real = found(render(icons, [Scene((i,)) for i in rows]), texts)
         table[f"concept and style, {kind}"] = {"real": real, "drawn": found(drawn(parts, texts, options), texts)}
     rows = [i for i, row in enumerate(icons.rows) if row["id"] in pairs["seen"]]
-    scenes, asked = (some[: options.count // 2 // CHOICES * CHOICES] for some in one_and_two(icons, rows)["two"])
+    many = max(options.count // 2 // CHOICES, 1) * CHOICES
+    scenes, asked = (some[:many] for some in one_and_two(icons, rows)["two"])
     real, made = (halves(pictures) for pictures in (render(icons, scenes), drawn(parts, asked, options)))
     for side, name in enumerate(("left", "right")):
         texts = [name_in("en", icons.rows[scene.icons[side]], names) for scene in scenes]
