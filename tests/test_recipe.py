@@ -44,25 +44,31 @@ def _modules() -> Iterator[None]:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What draw.py leaves: four shapes, each in four styles (which are sizes here)."""
     folder = tmp_path_factory.mktemp("icons")
-    rows, names = [], {}
+    icons, names = [], {}
+    for code, (caption, color) in CONCEPTS.items():
+        names[code] = {"fr": [f"le {caption}", "forme"], "zh": ["形"]}
+        for style in STYLES:
+            icon = Image.new("RGBA", (128, 128))
+            box = (20 + 4 * STYLES.index(style), 20, 108, 108)
+            draw = ImageDraw.Draw(icon)
+            (draw.rectangle if "square" in caption else draw.ellipse)(box, fill=color)
+            icons.append(({"caption": caption, "style": style, "hex": code}, icon))
+    write_icons(folder, icons, names)
+    return folder
+
+
+def write_icons(folder: Path, icons: list[tuple[dict[str, Any], Image.Image]], names: dict[str, Any]) -> None:
+    rows = []
     with tarfile.open(folder / "pictures-128.tar", "w") as tar:
-        for code, (caption, color) in CONCEPTS.items():
-            names[code] = {"fr": [f"le {caption}", "forme"], "zh": ["形"]}
-            for style in STYLES:
-                icon = Image.new("RGBA", (128, 128))
-                box = (20 + 4 * STYLES.index(style), 20, 108, 108)
-                draw = ImageDraw.Draw(icon)
-                (draw.rectangle if "square" in caption else draw.ellipse)(box, fill=color)
-                file = io.BytesIO()
-                icon.save(file, "WEBP", lossless=True)
-                entry = tarfile.TarInfo(f"{len(rows):05d}.webp")
-                entry.size = len(file.getvalue())
-                tar.addfile(entry, io.BytesIO(file.getvalue()))
-                row = {"id": len(rows), "caption": caption, "kw": ["shape"], "style": style, "hex": code}
-                rows.append(row | {"group": "symbols", "sub": "geometric"})
+        for row, icon in icons:
+            file = io.BytesIO()
+            icon.save(file, "WEBP", lossless=True)
+            entry = tarfile.TarInfo(f"{len(rows):05d}.webp")
+            entry.size = len(file.getvalue())
+            tar.addfile(entry, io.BytesIO(file.getvalue()))
+            rows.append({"id": len(rows), "kw": ["shape"], "group": "symbols", "sub": "geometric"} | row)
     (folder / "manifest.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     (folder / "names.json").write_text(json.dumps(names, ensure_ascii=False))
-    return folder
 
 
 COMMON = {"seed": 0, "limit": None, "device": "cpu", "float32": True, "compile": False, "save_every": 2}
@@ -203,6 +209,37 @@ def test_phrases_say_the_whole_scene_and_mean_a_caption(data: Path) -> None:
     said, meant = in_other_words(icons, Scene((0, 4)), dice)
     assert said.index("a red circle") < said.index("a green square")
     assert meant.startswith("a red circle and a green square")
+
+
+def test_the_name_of_an_animal_means_its_face_in_all_languages(tmp_path: Path) -> None:
+    from phrases import in_other_words
+    from scenes import Scene, caption, names_alone, read_icons, read_names
+
+    rows = [
+        ("cat", "1f408", "flat"),
+        ("cat face", "1f431", "flat"),
+        ("cat", None, "clip art"),
+        ("fox", "1f98a", "flat"),
+    ]
+    icon = Image.new("RGBA", (128, 128), "orange")
+    pictures = [({"caption": name, "hex": code, "style": style, "kw": ["pet"]}, icon) for name, code, style in rows]
+    animals = {
+        "1f408": {"es": ["gato", "minino"]},
+        "1f431": {"es": ["cara de gato", "mascota"]},
+        "1f98a": {"es": ["zorro"]},
+    }
+    write_icons(tmp_path, pictures, animals)
+    icons, names = read_icons(tmp_path), read_names(tmp_path)
+    assert [row["name"] for row in icons.rows] == ["full body cat", "cat", "cat", "fox"]
+    assert [row["caption"] for row in icons.rows] == [name for name, _, _ in rows]  # what sets are held out by
+    found = [names_alone(icons, names, Scene((i,))) for i in range(4)]
+    assert found == [{}, {"es": ["gato", "cara de gato", "mascota"]}, {}, {"es": ["zorro"]}]
+    dice = np.random.default_rng(0)
+    for _ in range(50):
+        text = caption(icons, Scene((1, 0)), dice)
+        assert not text or text.startswith(("a cat and a full body cat", "a cat left of a full body cat"))
+        assert "face" not in caption(icons, Scene((1,)), dice)
+        assert in_other_words(icons, Scene((1,)), dice)[1] in ("cat", "cat, flat style")
 
 
 def test_nobody_is_taught_phrases_where_the_data_lack_names(data: Path, base: Path, tmp_path: Path) -> None:

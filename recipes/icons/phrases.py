@@ -46,10 +46,10 @@ def in_other_words(icons: Icons, scene: Scene, dice: Generator) -> tuple[str, st
     row = rows[0]
     style = one_of(STYLES[row["style"]], dice) if style_named(row, dice) else ""
     if len(rows) == 2:
-        left, right = (with_article(row["caption"]) for row in rows)
+        left, right = (with_article(row["name"]) for row in rows)
         subject, meant = f"{left} {one_of(BESIDE, dice)} {right}", f"{left} and {right}"
     else:
-        meant = f"{scene.color} {row['caption']}".strip()
+        meant = f"{scene.color} {row['name']}".strip()
         subject = called(meant, row["kw"], dice)
     ground = on_ground(scene)
     opening = one_of(OPENINGS, dice) if dice.random() < 0.6 else ""

@@ -64,7 +64,7 @@ def main() -> None:
         texts = [name_in("en", icons.rows[scene.icons[side]], names) for scene in scenes]
         table[f"the {name} of two"] = {"real": found(real[side], texts), "drawn": found(made[side], texts)}
     rows = rows[: options.count]
-    english = [icons.rows[i]["caption"].lower() for i in rows]
+    english = [icons.rows[i]["name"].lower() for i in rows]
     for language in LANGUAGES:
         asked = english if language == "en" else [name_in(language, icons.rows[i], names) for i in rows]
         table[f"concept, asked in {language}"] = {"drawn": found(drawn(parts, asked, options), english)}

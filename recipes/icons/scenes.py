@@ -66,6 +66,22 @@ UNTOLD = "badge"  # a style that the models never see: train_style.py teaches it
 CROWDED = {"people-body", "symbols"}  # a quarter of all emoji: each counts half
 PAINTED = {"animals-nature", "food-drink", "travel-places", "objects", "activities"}  # of another hue they are still it
 
+# Animals that emoji show as a face and as a whole, and the code points of both. Their name means the face, which a
+# network of this size draws so that anyone knows it; from the side a cat is a dog to many.
+FACES = {
+    "cat": ("1f431", "1f408"),
+    "cow": ("1f42e", "1f404"),
+    "dog": ("1f436", "1f415"),
+    "monkey": ("1f435", "1f412"),
+    "mouse": ("1f42d", "1f401"),
+    "pig": ("1f437", "1f416"),
+    "rabbit": ("1f430", "1f407"),
+    "tiger": ("1f42f", "1f405"),
+}
+CALLED = {face: name for name, (face, _) in FACES.items()} | {
+    whole: f"full body {name}" for name, (_, whole) in FACES.items()
+}
+
 BACKGROUNDS = {
     "red": (220, 50, 50),
     "orange": (245, 150, 50),
@@ -104,6 +120,7 @@ def read_icons(folder: Path, limit: int | None = None) -> Icons:
     usual = {row["caption"] for row in rows if row["style"] in USUAL}
     for row in rows:
         row["usual"] = row["style"] in USUAL or row["caption"] not in usual  # whether its name alone means it
+        row["name"] = CALLED.get(row["hex"], row["caption"])
     if limit is not None:
         rows = rows[:: max(1, len(rows) // limit)][:limit]
     index = {f"{row['id']:05d}.webp": i for i, row in enumerate(rows)}
@@ -127,6 +144,10 @@ def read_names(data: Path) -> Names:
         print(f"{path} is missing (draw.py makes it): captions are in English alone", flush=True)
         return {}
     names: Names = json.loads(path.read_text(encoding="utf-8"))
+    for face, whole in FACES.values():  # in other languages too a name means the face
+        if face in names and whole in names:
+            others = names.pop(whole)
+            names[face] = {code: [*others.get(code, [])[:1], *words] for code, words in names[face].items()}
     return names
 
 
@@ -185,7 +206,7 @@ class Mix:
 
 def short(row: dict[str, Any]) -> bool:
     """Whether its name leaves room for another beside it."""
-    return len(row["caption"].split()) <= 3
+    return len(row["name"].split()) <= 3
 
 
 # ---- a scene: every choice made, nothing drawn yet ----
@@ -286,11 +307,11 @@ def caption(icons: Icons, scene: Scene, rng: Generator) -> str:
     style = one_of(STYLES[row["style"]], rng)
     named = style_named(row, rng)
     if len(rows) == 2:
-        left, right = (with_article(row["caption"]) for row in rows)
+        left, right = (with_article(row["name"]) for row in rows)
         manner = f", {style}{' style' if rng.random() < 0.5 else ''}" if named else ""
         return plain(f"{left} {'and' if rng.random() < 0.5 else 'left of'} {right}{manner}{ground}")
-    thing = f"{scene.color} {row['caption']}".strip()
-    keywords = [word for word in row["kw"] if word != row["caption"]]
+    thing = f"{scene.color} {row['name']}".strip()
+    keywords = [word for word in row["kw"] if word != row["name"]]
     two = [keywords[int(i)] for i in rng.permutation(len(keywords))[:2]]
     if named:
         phrases = {

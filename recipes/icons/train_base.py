@@ -312,7 +312,7 @@ def one_and_two(icons: Icons, chosen: Sequence[int]) -> dict[str, tuple[list[Sce
 
 
 def both(icons: Icons, pair: Sequence[int]) -> str:
-    left, right = (with_article(icons.rows[i]["caption"]) for i in pair)
+    left, right = (with_article(icons.rows[i]["name"]) for i in pair)
     return plain(f"{left} and {right}, {STYLES[icons.rows[pair[0]]['style']][0]}")
 
 

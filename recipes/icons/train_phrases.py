@@ -80,7 +80,7 @@ class Sayings:
         found: dict[str, tuple[str, dict[str, list[str]]]] = {}  # by code points
         for i in shown:
             if others := names_alone(icons, names, Scene((i,))):
-                found.setdefault(icons.rows[i]["hex"], (icons.rows[i]["caption"].lower(), others))
+                found.setdefault(icons.rows[i]["hex"], (icons.rows[i]["name"].lower(), others))
         self.translated = list(found.values())  # the English name, and those in other languages
         if not self.translated:
             raise SystemExit("no icon has a name in another language: names.json of draw.py has them")

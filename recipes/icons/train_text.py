@@ -253,8 +253,8 @@ def picked(towers: Towers, tokenizer: Tokenizer, seen: Tensor, texts: Sequence[s
 def name_in(language: str, row: dict[str, Any], names: Names) -> str:
     """What a picture shows, with its style where the language is English."""
     if language == "en":
-        return f"{row['caption']}, {STYLES[row['style']][0]} style".lower()
-    return names.get(row["hex"] or "", {}).get(language, [row["caption"]])[0].lower()
+        return f"{row['name']}, {STYLES[row['style']][0]} style".lower()
+    return names.get(row["hex"] or "", {}).get(language, [row["name"]])[0].lower()
 
 
 def tokenizer_of(folder: Path, size: int, texts: Iterable[str]) -> Tokenizer:
