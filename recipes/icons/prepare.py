@@ -13,7 +13,7 @@ import json
 import tarfile
 from pathlib import Path
 
-from scenes import LIST, TAR, UNTOLD
+from scenes import LIST, TAR, UNTOLD, name_of
 
 
 def captions(name: str) -> list[str]:
@@ -29,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
 
     rows = [json.loads(line) for line in (options.icons / LIST).read_text(encoding="utf-8").splitlines()]
-    chosen = {f"{row['id']:05d}.webp": row["caption"] for row in rows if row["style"] == options.style}
+    chosen = {f"{row['id']:05d}.webp": name_of(row) for row in rows if row["style"] == options.style}
     if not chosen:
         styles = ", ".join(sorted({row["style"] for row in rows}))
         raise SystemExit(f"--style {options.style}: no icon has it; there are {styles}")

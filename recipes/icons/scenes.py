@@ -120,7 +120,7 @@ def read_icons(folder: Path, limit: int | None = None) -> Icons:
     usual = {row["caption"] for row in rows if row["style"] in USUAL}
     for row in rows:
         row["usual"] = row["style"] in USUAL or row["caption"] not in usual  # whether its name alone means it
-        row["name"] = CALLED.get(row["hex"], row["caption"])
+        row["name"] = name_of(row)
     if limit is not None:
         rows = rows[:: max(1, len(rows) // limit)][:limit]
     index = {f"{row['id']:05d}.webp": i for i, row in enumerate(rows)}
@@ -136,6 +136,11 @@ def read_icons(folder: Path, limit: int | None = None) -> Icons:
             f"{folder / TAR} lacks {len(index)} pictures of its list, such as {next(iter(index))}: draw anew"
         )
     return Icons(rows, pictures)
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """What captions call an icon."""
+    return CALLED.get(row["hex"], row["caption"])
 
 
 def read_names(data: Path) -> Names:
