@@ -62,6 +62,26 @@ def test_tensors_are_views_of_the_mapped_file(tmp_path: Path) -> None:
     assert torch.equal(read([path])["a"], saved["a"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_all_256_numbers_of_float8_are_read_as_what_they_are(dtype: torch.dtype, tmp_path: Path) -> None:
+    bits = torch.arange(256, dtype=torch.uint8).view(dtype)
+    save_file({"a": bits}, tmp_path / "a.safetensors")
+    found = read([tmp_path / "a.safetensors"])["a"]
+    assert torch.equal(found.float().nan_to_num(), bits.float().nan_to_num())
+    assert not is_finite(found)
+    assert is_finite(found[bits.float().isfinite()])
+    assert not is_finite(found[[-1]])  # NaN alone
+
+
+def test_flags_and_counts_are_read(tmp_path: Path) -> None:
+    saved = {
+        f"{dtype}": torch.tensor([1, 0]).to(dtype) for dtype in (torch.int16, torch.int8, torch.uint8, torch.bool)
+    }
+    save_file(saved, tmp_path / "a.safetensors")
+    found = read([tmp_path / "a.safetensors"])
+    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in saved.items())
+
+
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     for name in "ab":
         save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
@@ -86,7 +106,7 @@ HOSTILE: dict[str, tuple[object, bytes, str]] = {
     "entry is a list": ({"a": []}, b"", "dtype, shape and data_offsets are needed"),
     "field missing": ({"a": {"dtype": "F32", "shape": []}}, b"", "dtype, shape and data_offsets are needed"),
     "field unknown": ({"a": F32 | {"code": "import os"}}, b"\0" * 16, "dtype, shape and data_offsets are needed"),
-    "dtype unknown": ({"a": F32 | {"dtype": "F8_E4M3"}}, b"\0" * 16, "F8_E4M3.*known are F64, F32"),
+    "dtype unknown": ({"a": F32 | {"dtype": "F4"}}, b"\0" * 16, "F4.*known are F64, F32"),
     "dtype is a list": ({"a": F32 | {"dtype": ["F32"]}}, b"\0" * 16, "known are"),
     "negative shape": ({"a": F32 | {"shape": [-2, -2]}}, b"\0" * 16, "shape"),
     "bool in shape": ({"a": F32 | {"shape": [True, 4]}}, b"\0" * 16, "shape"),

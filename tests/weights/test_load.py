@@ -83,14 +83,31 @@ def test_two_text_encoders(tiny_sdxl: Path) -> None:
     assert out.shape == (2, 4, 8, 8)
 
 
-def test_files_in_half_precision_are_widened(tiny_sd15: Path, copy_of: Copy) -> None:
+NARROW = [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_files_in_fewer_bits_are_widened(dtype: torch.dtype, tiny_sd15: Path, copy_of: Copy) -> None:
     folder = copy_of(tiny_sd15)
     for part in ("unet", "vae", "text_encoder"):
-        rewrite(folder / part, lambda tensors: {name: tensor.half() for name, tensor in tensors.items()})
-    half, full = load_parts(folder), load_parts(tiny_sd15)
-    for name, tensor in weights(half.unet).items():
+        rewrite(folder / part, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    narrow, full = load_parts(folder), load_parts(tiny_sd15)
+    for name, tensor in weights(narrow.unet).items():
         assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, weights(full.unet)[name].half().float())
+        assert torch.equal(tensor, weights(full.unet)[name].to(dtype).float())
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_a_nan_in_fewer_bits_is_found(dtype: torch.dtype, tiny_sd15: Path, copy_of: Copy) -> None:
+    folder = copy_of(tiny_sd15)
+
+    def damage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors["conv_in.bias"][0] = float("nan")
+        return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+    rewrite(folder / "unet", damage)
+    with pytest.raises(CheckpointError, match="'conv_in.bias' has NaN or infinite values"):
+        load_parts(folder)
 
 
 def test_a_dtype_is_for_all_but_a_vae_that_overflows(tiny_sd15: Path, copy_of: Copy) -> None:

@@ -29,8 +29,14 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "I64": torch.int64,  # the integers are `position_ids`, which old text encoders carry along
+    "F8_E4M3": torch.float8_e4m3fn,  # how others make files small; PyTorch multiplies neither on a CPU
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,  # whole numbers are what files carry along: `position_ids`, a flag, an alpha, a count of epochs
     "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 STEMS = ("diffusion_pytorch_model", "model")  # how diffusers and transformers name weights
@@ -253,10 +259,11 @@ def read(paths: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; one pass and no copy of the tensor."""
+    """Whether no element is NaN or infinite; one pass and no copy of the tensor, but for one in float8."""
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
-    low, high = torch.aminmax(tensor)  # NaN wins both
+    wide = tensor.half() if tensor.itemsize == 1 else tensor  # of float8, of which PyTorch knows no minimum; exact
+    low, high = torch.aminmax(wide)  # NaN wins both
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
