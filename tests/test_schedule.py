@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from calotype.errors import CheckpointError, UsageError
+from calotype.sampling import SAMPLERS, grid_for
 from calotype.schedule import (
     NoiseSchedule,
     boundary_scalings,
     euler_grid,
     explicit_grid,
     lcm_grid,
+    ratios_at,
     spaced_grid,
 )
 
@@ -305,15 +307,6 @@ NAN, INF = float("nan"), float("inf")
         ("clip_sample", "yes"),
         ("clip_sample_range", NAN),
         ("rescale_betas_zero_snr", "false"),
-        ("thresholding", True),
-        ("use_karras_sigmas", True),
-        ("use_exponential_sigmas", True),
-        ("use_beta_sigmas", True),
-        ("use_flow_sigmas", True),
-        ("interpolation_type", "log_linear"),
-        ("timestep_type", "continuous"),
-        ("final_sigmas_type", "sigma_min"),
-        ("variance_type", "learned_range"),
     ],
 )
 def test_bad_fields_are_named(name: str, value: object) -> None:
@@ -322,6 +315,57 @@ def test_bad_fields_are_named(name: str, value: object) -> None:
     assert caught.value.message.startswith(f"scheduler config: {name} ")
     assert "\n" not in caught.value.message
     assert len(caught.value.message) < 200
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "samplers"),
+    [
+        ("thresholding", True, ["lcm", "tcd", "ddim"]),
+        ("thresholding", "yes", ["lcm", "tcd", "ddim"]),
+        ("use_karras_sigmas", True, []),
+        ("use_karras_sigmas", "yes", ["euler"]),
+        ("use_exponential_sigmas", True, []),
+        ("use_beta_sigmas", True, ["euler"]),
+        ("use_lu_lambdas", True, []),
+        ("use_flow_sigmas", True, []),
+        ("interpolation_type", "log_linear", ["euler"]),
+        ("timestep_type", "continuous", ["euler"]),
+        ("final_sigmas_type", "sigma_min", []),
+        ("final_sigmas_type", "denoise", ["euler"]),
+        ("final_sigmas_type", None, []),
+        ("sigma_max", 80.0, ["euler"]),
+        ("variance_type", "learned_range", []),
+        ("euler_at_final", True, []),
+    ],
+)
+@pytest.mark.parametrize("kind", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "LCMScheduler"])
+def test_what_a_sampler_does_not_use_cannot_stop_it(kind: str, name: str, value: object, samplers: list[str]) -> None:
+    levels = schedule(kind, **{name: value})
+    for sampler in SAMPLERS:
+        if sampler not in samplers:
+            assert len(grid_for(sampler, levels, 4)) == 4
+            continue
+        with pytest.raises(UsageError, match=f"^sampler '{sampler}' cannot .*: {name} is ") as caught:
+            grid_for(sampler, levels, 4)
+        others = [each for each in SAMPLERS if each not in samplers]
+        assert caught.value.hint == f"samplers that do not use it: {', '.join(others)}"
+
+
+def test_two_spacings_at_once_are_refused_by_euler_alone() -> None:
+    levels = schedule(use_karras_sigmas=True, use_exponential_sigmas=True)
+    assert grid_for("lcm", levels, 4) == [999, 759, 499, 259]
+    with pytest.raises(UsageError, match="both true"):
+        grid_for("euler", levels, 4)
+
+
+def test_karras_spacing_is_even_in_the_seventh_root() -> None:
+    levels = schedule("EulerDiscreteScheduler", use_karras_sigmas=True)
+    grid = grid_for("euler", levels, 9)
+    assert (grid[0], grid[-1]) == (999.0, 0.0)
+    roots = torch.tensor(ratios_at(levels, grid)) ** (1 / 7)
+    torch.testing.assert_close(roots.diff(), roots.diff().mean().expand(8), rtol=1e-4, atol=0)
+    plain = schedule("EulerDiscreteScheduler")
+    assert grid_for("euler", levels, 9, timesteps=[999, 5]) == grid_for("euler", plain, 9, timesteps=[999, 5])
 
 
 def test_betas_that_leave_no_signal() -> None:

@@ -31,6 +31,9 @@ from calotype.schedule import (
     euler_grid,
     explicit_grid,
     lcm_grid,
+    noise_ratios,
+    ratios_at,
+    respaced,
     spaced_grid,
     x0_from,
 )
@@ -143,15 +146,14 @@ def euler(
     """Euler's method on the probability-flow ODE (Karras et al. 2022, arXiv 2206.00364, Algorithm 1 without churn).
 
     In its own coordinates, x / alpha against s = sigma / alpha, a step is x0 + (s' / s)(x - x0). In ours that is DDIM's
-    update, so only the noise levels differ: s is interpolated between timesteps and ends at exactly 0.
+    update, so only the noise levels differ: s is interpolated between timesteps, and ends at 0 or at timestep 0's.
     noise: one draw (B, C, h, w), a standard normal that is scaled here.
     """
-    signal = schedule.alpha.cpu()
-    # With zero terminal SNR, s is infinite: the reference puts alpha^2 = 2^-24 there, and so do we.
-    ratios = (schedule.sigma.cpu() / torch.where(signal == 0, 2.0**-12, signal)).numpy()
-    s = np.append(np.interp(grid, np.arange(schedule.T), ratios), 0.0)
+    s = np.append(ratios_at(schedule, grid), noise_ratios(schedule)[0] if schedule.to_least_noise else 0.0)
     alpha = torch.from_numpy(1 / np.sqrt(s**2 + 1)).float()
     sigma = torch.from_numpy(s / np.sqrt(s**2 + 1)).float()
+    if schedule.to_least_noise:  # the result is in Euler's own coordinates: the reference decodes it as it is
+        alpha[-1], sigma[-1] = 1.0, s[-1]
     # From pure noise, the reference starts a leading grid at scale 1, the others without the signal's share.
     scale = 1.0 if schedule.spacing == "leading" else float(sigma[0])
     schedule = dataclasses.replace(schedule, clip_sample=None)  # the reference's Euler never clips
@@ -256,15 +258,22 @@ def grid_for(
     A strength below 1 spreads all steps over that share of the schedule, the less noisy one.
     """
     _check_name(sampler)
+    if sampler in schedule.lacking:
+        others = [name for name in SAMPLERS if name not in schedule.lacking]
+        raise UsageError(
+            f"sampler {sampler!r} cannot do what the model's scheduler config says: {schedule.lacking[sampler]}",
+            hint=f"samplers that do not use it: {', '.join(others)}" if others else "take the field out of the config",
+        )
     if timesteps is not None:
         return explicit_grid(list(timesteps), schedule.T)
     if sampler in CONSISTENCY:
         return lcm_grid(steps, schedule.original_steps, strength, schedule.T)
-    spaced = euler_grid if sampler == "euler" else spaced_grid
     share = max(int(schedule.T * strength), 1)
     if steps > share:
         raise UsageError(f"steps is {steps}: allowed are 1 to {share}", hint="use fewer steps or a higher strength")
-    return spaced(steps, share, schedule.spacing, schedule.steps_offset)
+    if sampler == "euler":
+        return respaced(schedule, euler_grid(steps, share, schedule.spacing, schedule.steps_offset))
+    return spaced_grid(steps, share, schedule.spacing, schedule.steps_offset)
 
 
 def draws_needed(sampler: str, steps: int, gamma: float = 0.3) -> int:

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from calotype.errors import CheckpointError, UsageError
 
+Floats = npt.NDArray[np.floating[Any]]
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 Spacing = Literal["leading", "linspace", "trailing"]
+NoiseSpacing = Literal["karras", "exponential"]
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "linspace", "trailing")
@@ -50,6 +52,9 @@ class NoiseSchedule:
     steps_offset: int = 0  # added to a "leading" grid
     set_alpha_to_one: bool = True  # DDIM's last step goes to a clean latent; otherwise to timestep 0
     clip_sample: float | None = None  # LCM and DDIM clip x0 to +- this
+    noise_spacing: NoiseSpacing | None = None  # Euler's levels between its grid's ends; None: those of the timesteps
+    to_least_noise: bool = False  # Euler's last step goes to the noise of timestep 0 instead of none
+    lacking: Mapping[str, str] = field(default_factory=dict)  # sampler -> what the config asks of it, and it cannot do
 
     @property
     def T(self) -> int:
@@ -94,11 +99,11 @@ class NoiseSchedule:
     def from_config(config: Mapping[str, Any]) -> NoiseSchedule:
         """Reads a scheduler config; fields that it lacks take diffusers' defaults for its class.
 
-        Raises CheckpointError, naming the field, for values out of range and for what calotype does not do.
+        A field counts for the samplers that use it, whatever class it was written for, as where diffusers makes one
+        scheduler from another's config. Raises CheckpointError, naming the field, for values out of range.
         """
         kind = _kind(config)
         defaults = _KINDS[kind]
-        _refuse(config)
         T = _integer(config, "num_train_timesteps", 1000, 10, 100_000)
         prediction = cast(Prediction, _choice(config, "prediction_type", "epsilon", PREDICTIONS))
         alpha_bar = torch.cumprod(1.0 - _betas(config, defaults, T), dim=0)
@@ -122,6 +127,9 @@ class NoiseSchedule:
             steps_offset=_integer(config, "steps_offset", 0, 0, T - 1),
             set_alpha_to_one=_flag(config, "set_alpha_to_one", defaults.set_alpha_to_one),
             clip_sample=clip_range if clip else None,
+            noise_spacing=_noise_spacing(config),
+            to_least_noise=config.get("final_sigmas_type") == "sigma_min",
+            lacking=_lacking(config),
         )
 
 
@@ -216,6 +224,40 @@ def euler_grid(steps: int, T: int = 1000, spacing: Spacing = "trailing", offset:
     return [float(t) for t in np.linspace(0, T - 1, steps, dtype=np.float32)[::-1]]
 
 
+def noise_ratios(schedule: NoiseSchedule) -> Floats:
+    """sigma / alpha at each training timestep, (T,): the noise level in Euler's own coordinates."""
+    signal = schedule.alpha.cpu()
+    # With zero terminal SNR it is infinite: the reference puts alpha^2 = 2^-24 there, and so do we.
+    ratios: Floats = (schedule.sigma.cpu() / torch.where(signal == 0, 2.0**-12, signal)).numpy()
+    return ratios
+
+
+def respaced(schedule: NoiseSchedule, grid: Sequence[float]) -> list[float]:
+    """Timesteps between the ends of Euler's `grid`, at noise levels that are spaced as the schedule says: evenly by
+    their 7th roots (Karras et al. 2022, arXiv 2206.00364, Equation 5 with rho = 7), or by their logarithms.
+
+    Between training timesteps the logarithm of the noise is interpolated; `ratios_at` is the way back.
+    """
+    if schedule.noise_spacing is None:
+        return list(grid)
+    ratios = noise_ratios(schedule)
+    most, least = np.interp([grid[0], grid[-1]], np.arange(schedule.T), ratios)
+    ramp = np.linspace(0, 1, len(grid))
+    if schedule.noise_spacing == "karras":
+        levels = (most ** (1 / 7) + ramp * (least ** (1 / 7) - most ** (1 / 7))) ** 7
+    else:
+        levels = np.exp(np.log(most) + ramp * (np.log(least) - np.log(most)))
+    return [float(t) for t in np.interp(np.log(levels), np.log(ratios), np.arange(schedule.T))]
+
+
+def ratios_at(schedule: NoiseSchedule, grid: Sequence[float]) -> Floats:
+    """The noise level sigma / alpha at timesteps, which may lie between the training's."""
+    ratios, every = noise_ratios(schedule), np.arange(schedule.T)
+    if schedule.noise_spacing is None:
+        return np.interp(grid, every, ratios)
+    return np.exp(np.interp(grid, every, np.log(ratios)))
+
+
 def explicit_grid(timesteps: list[int], T: int = 1000) -> list[int]:
     """A grid that the user gives: whole numbers from T-1 to 0, descending. Raises UsageError otherwise."""
     if not timesteps:
@@ -267,19 +309,18 @@ _KINDS: dict[str, _Kind] = {
     "DPMSolverSDEScheduler": _Kind(beta_start=0.00085, beta_end=0.012),
 }
 
-# Fields with the values that change nothing (null is one too). Any other value would give other pictures than ours.
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "thresholding": (False,),
-    "use_karras_sigmas": (False,),
-    "use_exponential_sigmas": (False,),
-    "use_beta_sigmas": (False,),
-    "use_lu_lambdas": (False,),
-    "use_flow_sigmas": (False,),
-    "use_dynamic_shifting": (False,),
-    "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
-    "final_sigmas_type": ("zero",),
-    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+# Fields that only some samplers use: (the values that those can do, beside null; the samplers). One that cannot do what
+# it is told refuses when it is asked for: what a sampler does not use cannot stop it.
+_USED_BY_SOME: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
+    "thresholding": ((False,), ("lcm", "tcd", "ddim")),
+    "use_karras_sigmas": ((False, True), ("euler",)),
+    "use_exponential_sigmas": ((False, True), ("euler",)),
+    "use_beta_sigmas": ((False,), ("euler",)),
+    "final_sigmas_type": (("zero", "sigma_min"), ("euler",)),
+    "interpolation_type": (("linear",), ("euler",)),
+    "timestep_type": (("discrete",), ("euler",)),
+    "sigma_min": ((), ("euler",)),
+    "sigma_max": ((), ("euler",)),
 }
 
 
@@ -297,11 +338,22 @@ def _kind(config: Mapping[str, Any]) -> str:
     )
 
 
-def _refuse(config: Mapping[str, Any]) -> None:
-    for name, neutral in _NEUTRAL.items():
+def _lacking(config: Mapping[str, Any]) -> dict[str, str]:
+    """Sampler -> the field that it cannot honour, and its value."""
+    found: dict[str, str] = {}
+    for name, (values, samplers) in _USED_BY_SOME.items():
         value = config.get(name)
-        if value is not None and value not in neutral:
-            raise _bad(name, value, " or ".join(json.dumps(choice) for choice in neutral))
+        if value is not None and value not in values:
+            found |= dict.fromkeys(samplers, f"{name} is {reprlib.repr(value)}")
+    if config.get("use_karras_sigmas") is True and config.get("use_exponential_sigmas") is True:
+        found["euler"] = "use_karras_sigmas and use_exponential_sigmas are both true"
+    return found
+
+
+def _noise_spacing(config: Mapping[str, Any]) -> NoiseSpacing | None:
+    if config.get("use_karras_sigmas") is True:
+        return "karras"
+    return "exponential" if config.get("use_exponential_sigmas") is True else None
 
 
 def _betas(config: Mapping[str, Any], defaults: _Kind, T: int) -> Tensor:

@@ -106,7 +106,7 @@ def test_a_nan_in_fewer_bits_is_found(dtype: torch.dtype, tiny_sd15: Path, copy_
         return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
     rewrite(folder / "unet", damage)
-    with pytest.raises(CheckpointError, match="'conv_in.bias' has NaN or infinite values"):
+    with pytest.raises(CheckpointError, match=r"'conv_in\.bias' has NaN or infinite values"):
         load_parts(folder)
 
 
