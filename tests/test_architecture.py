@@ -38,9 +38,11 @@ ROOMS: dict[str, str] = {
     "parts": "nn text schedule families",
     "latents": "images nn parts",
     "generate": "parts sampling request images latents schedule nn",
-    "prepare": "generate parts sampling schedule request images masks latents nn",
+    "resolve": "parts sampling schedule request images masks",
+    "prepare": "resolve generate parts sampling schedule request images masks latents nn",
     "lora": "nn weights parts families",
-    "engine": "generate prepare parts weights lora images video request schedule precision nn.motion text.inversion",
+    "engine": "generate prepare resolve parts weights lora images video request schedule precision nn.motion"
+    " text.inversion",
     "training": "generate prepare sampling schedule precision weights lora parts images latents nn text request",
     "cli": "*",
     "__main__": "cli",

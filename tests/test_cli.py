@@ -87,6 +87,9 @@ class FakeEngine:
         defaults = DEFAULTS if request.timesteps is None else {**DEFAULTS, "steps": len(request.timesteps)}
         return replace(request, **{name: value for name, value in defaults.items() if getattr(request, name) is None})
 
+    def notes(self, request: Request) -> list[str]:
+        return [f"steps {self.resolve(request).steps}"] if self.arguments.get("model") == "few" else []
+
     def stream(self, request: Request) -> Generator[FakeStep, None, FakeResult]:
         request = self.resolve(request)
         self.requests.append(request)
@@ -192,7 +195,7 @@ def test_pictures_and_adapters_reach_them_too(loader: Loader, tmp_path: Path) ->
     photo.save("photo.png")
     mask.save("mask.png")
     task = "--image photo.png --mask mask.png --strength 0.5 --mask-feather 2 --mask-crop 3 --resize pad"
-    rest = "--sampler tcd --gamma 0.1 --guidance-mode once --steps 2 --guidance 1 --size 16x16"
+    rest = "--sampler tcd --gamma 0.1 --spacing trailing --guidance-mode once --steps 2 --guidance 1 --size 16x16"
     extras = "--lora styles/paper:0.8 --lora lcm --lora other/lcm:-1 --motion M --control canny=photo.png:0.5"
     extras += " --embedding e/cat.safetensors --embedding e/x=toy"
     assert (
@@ -201,7 +204,7 @@ def test_pictures_and_adapters_reach_them_too(loader: Loader, tmp_path: Path) ->
     )
     assert loader.request == Request(
         prompt="a fox", seed=1, image=photo, mask=mask, strength=0.5, mask_feather=2, mask_crop=3, resize="pad",
-        sampler="tcd", gamma=0.1, guidance_mode="once", steps=2, guidance=1.0, width=16, height=16,
+        sampler="tcd", gamma=0.1, spacing="trailing", guidance_mode="once", steps=2, guidance=1.0, width=16, height=16,
         controls=(Control("canny", photo, 0.5), Control("canny", mask)),
     )  # fmt: skip
     described = {
@@ -558,6 +561,11 @@ def test_debug_shows_the_traceback(arguments: list[str], loader: Loader, capsys:
     loader.error = CheckpointError("broken")
     assert main(arguments) == 1
     assert re.search(r"Traceback .*CheckpointError: broken\nerror: broken\n$", capsys.readouterr().err, re.DOTALL)
+
+
+def test_what_a_few_step_model_decides_is_said_in_one_line(loader: Loader, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["a fox", "--model", "few", "--steps", "3"]) == 0
+    assert capsys.readouterr().err == "note: steps 3\n"
 
 
 def test_warnings_are_lines(loader: Loader, capsys: pytest.CaptureFixture[str]) -> None:

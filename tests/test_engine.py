@@ -58,7 +58,7 @@ def test_an_open_request_gets_the_models_defaults(lcm: calotype.Engine, base: ca
 
 
 def test_what_is_given_is_kept_zeros_too(base: calotype.Engine) -> None:
-    given = Request("", steps=1, guidance=0.0, seed=0, width=8, height=16, sampler="euler", guidance_steps=0)
+    given = Request("", steps=1, guidance=0.0, seed=0, width=56, height=64, sampler="euler", guidance_steps=0)
     assert base.resolve(given) == given
 
 

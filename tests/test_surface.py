@@ -26,7 +26,7 @@ OPTIONS = {
     "generate": """
         prompt --output -o --model --unet --vae --variant --revision --prediction --steps --guidance
         --guidance-steps --seed --size -n --negative --image --strength --mask --mask-feather --mask-crop
-        --resize --lora --control --embedding --motion --frames --fps --sampler --gamma --guidance-mode
+        --resize --lora --control --embedding --motion --frames --fps --sampler --gamma --spacing --guidance-mode
         --timesteps --clip-skip --emphasis --no-emphasis --like --device --dtype --offline --json --quiet -q
         --debug
     """,

@@ -21,13 +21,15 @@ from calotype.lora import Delta, LoRA, Stack, load_lora
 from calotype.lora.live import Scale
 from calotype.lora.names import MOTION
 from calotype.nn import motion
-from calotype.parts import Motion, Parts, Stored
+from calotype.parts import Habit, Motion, Parts, Stored
 from calotype.precision import warn_of_emulation
-from calotype.prepare import prepare, resolve, seeds
+from calotype.prepare import prepare, seeds
 from calotype.request import Request, adapter_name
+from calotype.resolve import notes, resolve
 from calotype.schedule import NoiseSchedule
 from calotype.text import inversion
 from calotype.weights.control import load_control
+from calotype.weights.habits import habit_of
 from calotype.weights.load import load_parts
 from calotype.weights.motion import beta_schedule_of, load_motion, read_motion, resolve_motion, with_betas
 
@@ -45,6 +47,7 @@ class Result:
     request: Request  # with every default filled in
     timings: dict[str, float]  # seconds of each stage: prepare, denoise, decode, total; and how many `evaluations`
     model: dict[str, Any]  # engine.describe()
+    notes: tuple[str, ...] = ()  # what was filled in because a few-step model or adapter likes it so
 
     @property
     def image(self) -> Image.Image:
@@ -114,25 +117,34 @@ class Engine:
     def resolve(self, request: Request) -> Request:
         """The request with this model's defaults, and a seed, where it leaves them open.
 
-        A LoRA in the mix that was distilled by calotype brings its own sampler, steps and guidance.
+        A few-step adapter that is in force, or a few-step model, brings its own sampler, steps and guidance (`notes`
+        says which). Raises UsageError, also where two adapters contradict each other in what is left open.
         """
-        mix = self._stack.mix
-        habits = [lora.habit for name, lora in self._stack.loras.items() if lora.habit and mix.get(name, 0.0) > 0]
-        if not habits:
-            return resolve(self.parts, request)
-        habit = habits[-1]
-        if habit.timesteps and request.steps is None and request.timesteps is None:
-            request = replace(request, timesteps=habit.timesteps)
-        own = {"sampler": habit.sampler, "steps": habit.steps, "guidance": habit.guidance}
-        return resolve(replace(self.parts, defaults=replace(self.parts.defaults, **own)), request)  # type: ignore[arg-type]
+        return resolve(self.parts, request, self._habits(request))
+
+    def notes(self, request: Request) -> list[str]:
+        """A line for each few-step model or adapter that decides something which the request leaves open."""
+        return notes(self.parts, request, self._habits(request))
+
+    def _habits(self, request: Request) -> dict[str, Habit]:
+        """The few-step adapters that are in force, by what to call them, and how they like to be used."""
+        mix, motion = self._stack.mix, self.parts.motion
+        habits = {
+            f"the LoRA {name!r}": lora.habit
+            for name, lora in self._stack.loras.items()
+            if lora.habit is not None and mix.get(name, 0.0) > 0
+        }
+        if request.frames is not None and motion is not None and motion.habit is not None:
+            habits["the motion adapter"] = motion.habit
+        return habits
 
     def stream(self, request: Request) -> Generator[Step, None, Result]:
         """The steps of a request as they are made; the generator's return value is the Result."""
         started = time.perf_counter()
-        request = self.resolve(request)
-        return self._stream(request, started)
+        said = tuple(self.notes(request))
+        return self._stream(self.resolve(request), said, started)
 
-    def _stream(self, request: Request, started: float) -> Generator[Step, None, Result]:
+    def _stream(self, request: Request, said: tuple[str, ...], started: float) -> Generator[Step, None, Result]:
         job = prepare(self.parts, request)
         timings = {"prepare": time.perf_counter() - started, "denoise": 0.0}
         steps = generate(self.parts, job)
@@ -145,7 +157,7 @@ class Engine:
         images = develop(self.parts, job, step.x0)
         timings["decode"] = time.perf_counter() - clock
         timings |= {"total": sum(timings.values()), "evaluations": job.evaluations}
-        return Result(images, seeds(request), request, timings, self.describe())
+        return Result(images, seeds(request), request, timings, self.describe(), said)
 
     # ---- adapters: whatever cannot be loaded leaves all as it was ----
 
@@ -269,7 +281,8 @@ class Engine:
         path = resolve_motion(ref, variant=variant, offline=self._offline)
         beta_schedule = beta_schedule_of(path) if beta_schedule is None else beta_schedule
         schedule = NoiseSchedule.from_config(with_betas(self.parts.scheduler, beta_schedule))
-        self._exchange_motion(Motion(adapter, schedule), {"motion": partial(read_motion, path, variant)})
+        habit = habit_of("motion", ref, path)
+        self._exchange_motion(Motion(adapter, schedule, habit), {"motion": partial(read_motion, path, variant)})
         self._described["motion"] = {"ref": str(ref), "beta_schedule": beta_schedule, "variant": variant}
 
     def _exchange_motion(self, new: Motion | None, stored: Mapping[str, Stored]) -> None:

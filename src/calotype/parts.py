@@ -31,11 +31,30 @@ class Defaults:
 
 
 @dataclass(frozen=True)
+class Habit:
+    """How a few-step model or adapter likes to be used: what a request that leaves it open gets.
+
+    None: nothing is said of it.
+    """
+
+    sampler: str | None = None
+    steps: int | None = None
+    guidance: float | None = None  # diffusers' guidance_scale: 1 is none
+    timesteps: tuple[int, ...] | None = None  # of those steps, where they are not the sampler's own
+    spacing: str | None = None  # of the timesteps, where it is not the schedule's
+    gamma: float | None = None  # of "tcd"
+    prediction: str | None = None  # what the network predicts, whatever its model's scheduler says
+    size: int | None = None  # pixels of a side, where the family's is another
+    title: str = "a distilled adapter"  # for sentences
+
+
+@dataclass(frozen=True)
 class Motion:
     """A motion adapter, whose modules are in the U-Net, and the noise levels that it was trained with."""
 
     adapter: MotionAdapter
     schedule: NoiseSchedule
+    habit: Habit | None = None
 
 
 # Reads a network's weights once more: by our names and in our shapes, but in the files' dtype. A weight in memory was
@@ -55,6 +74,7 @@ class Parts:
     defaults: Defaults
     zero_empty_negative: bool  # SDXL: an empty negative prompt is conditioning of zeros, not the empty text's
     source: str  # the folder or file it was loaded from
+    habit: Habit | None = None  # of a few-step model
     controls: Mapping[str, ControlNet | T2IAdapter] = field(default_factory=dict)  # by the names that requests use
     motion: Motion | None = None
     scheduler: Mapping[str, Any] = field(default_factory=dict)  # the config that `schedule` was read from

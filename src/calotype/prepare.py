@@ -1,4 +1,4 @@
-"""From a request to a Job: everything that is decided, encoded and drawn before the first step.
+"""From a request to a Job: everything that is encoded and drawn before the first step of a resolved request.
 
 Noise is drawn in the reference's order, for each task its own (see `_draw`): the same seed, the same picture.
 Shapes: n pictures of a request, or n clips of F frames: n F rows, clip by clip; latents (n F, C, h, w).
@@ -6,11 +6,8 @@ Shapes: n pictures of a request, or n clips of F frames: n F rows, clip by clip;
 
 from __future__ import annotations
 
-import math
-import secrets
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from calotype import images, latents, masks
-from calotype.errors import CalotypeWarning, UsageError
 from calotype.generate import Guidance, Job, Steering
 from calotype.nn.controlnet import ControlNet
 from calotype.nn.t2i_adapter import T2IAdapter
@@ -27,144 +23,10 @@ from calotype.nn.unet import Conditioning, Residuals
 from calotype.nn.windows import LENGTH, OVERLAP, context_windows
 from calotype.parts import Parts
 from calotype.request import Control, Request
-from calotype.sampling import Source, draw, draws_needed, generators_for, grid_for, sampler_for
-from calotype.schedule import NoiseSchedule
+from calotype.resolve import grid_of, schedule_of
+from calotype.sampling import GAMMA, Source, draw, draws_needed, generators_for, sampler_for
 
-IMAGE_STRENGTH = 0.5  # of image to image, where a request leaves it open; inpainting paints anew: 1
 CHUNK = 16  # frames whose posteriors the reference draws in one call, and that controls embed at a time
-MOST_PIXELS = 4  # a picture gives its size to a request that has none, up to so many times the model's own pixels
-
-
-# ---- deciding ----
-
-
-def resolve(parts: Parts, request: Request) -> Request:
-    """The request with everything that it leaves open filled in from the model: steps, guidance, size, sampler, seed.
-
-    Raises UsageError for what this model cannot do; warns (CalotypeWarning) of what it will do badly.
-    """
-    defaults = parts.defaults
-    sampler = defaults.sampler if request.sampler is None else request.sampler
-    steps = defaults.steps if request.steps is None else request.steps
-    if request.timesteps is not None:
-        steps = len(request.timesteps)
-    strength = request.strength
-    if request.image is not None and strength is None:
-        strength = IMAGE_STRENGTH if request.mask is None else 1.0
-    width, height = _size(parts, request)
-    resolved = replace(
-        request,
-        sampler=sampler,
-        steps=steps,
-        guidance=defaults.guidance if request.guidance is None else request.guidance,
-        width=width,
-        height=height,
-        strength=strength,
-        seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
-    )
-    _grid(resolved, parts.schedule)  # raises where there is none
-    _check_size(parts, resolved)
-    _check_guidance(parts, resolved)
-    _check_task(parts, resolved)
-    return resolved
-
-
-def _size(parts: Parts, request: Request) -> tuple[int, int]:
-    """Width and height: the request's; else those of its first picture, if that is not too large; else the model's."""
-    defaults, pictures = parts.defaults, [request.image, *(control.image for control in request.controls)]
-    first = next((each[0] if isinstance(each, tuple) else each for each in pictures if each is not None), None)
-    width, height = defaults.width, defaults.height
-    if first is not None and request.mask_crop is None:
-        shrink = min(1.0, math.sqrt(MOST_PIXELS * width * height / (first.width * first.height)))
-        multiple = parts.vae.config.downscale
-        width, height = (max(1, int(side * shrink) // multiple) * multiple for side in first.size)
-    return request.width or width, request.height or height
-
-
-def _check_size(parts: Parts, request: Request) -> None:
-    multiple = parts.vae.config.downscale
-    for name in ("width", "height"):
-        pixels = getattr(request, name)
-        if pixels % multiple:
-            raise UsageError(
-                f"{name} is {pixels}: must be a multiple of {multiple} for this model",
-                hint=f"try {max(1, round(pixels / multiple)) * multiple}",
-            )
-
-
-def _check_guidance(parts: Parts, request: Request) -> None:
-    embedded, guidance = parts.unet.config.guidance_dim is not None, request.guidance
-    trained = parts.defaults.guidance_range
-    assert guidance is not None
-    messages = []
-    if embedded and trained is not None and not trained[0] <= guidance <= trained[1]:
-        messages.append(
-            f"guidance {guidance:g} is outside what this model was trained for ({trained[0]:g} to {trained[1]:g})"
-        )
-    if request.negative_prompt and embedded:
-        messages.append("the negative prompt has no effect: this model takes its guidance as an embedding")
-    elif request.negative_prompt and guidance <= 1:
-        messages.append(f"the negative prompt has no effect at guidance {guidance:g}: give more than 1")
-    if request.guidance_steps is not None and embedded:
-        messages.append("guidance_steps has no effect: this model takes its guidance as an embedding")
-    for message in messages:
-        warnings.warn(message, CalotypeWarning, stacklevel=4)
-
-
-def _check_task(parts: Parts, request: Request) -> None:
-    channels, latent = parts.unet.config.in_channels, parts.vae.config.latent_channels
-    if channels != latent and request.mask is None:
-        raise UsageError(
-            f"this model's U-Net takes {channels} channels: it is made for inpainting, and there is no mask",
-            hint="give an image and a mask; an all-white mask repaints everything",
-        )
-    if request.frames is not None and parts.motion is None:
-        raise UsageError(
-            f"frames is {request.frames}, and the model has no motion adapter",
-            hint="engine.set_motion(...) or --motion gives it one",
-        )
-    if request.mask is not None:
-        _check_mask(request)
-    for control in request.controls:
-        if control.name not in parts.controls:
-            known = ", ".join(parts.controls) or "none"
-            raise UsageError(
-                f"there is no control {control.name!r}: the engine has {known}",
-                hint="engine.add_control(...) or --control REF=IMAGE adds one",
-            )
-
-
-def _check_mask(request: Request) -> None:
-    """The mask as it is put to use: with `mask_crop` at its own size, else at the request's."""
-    assert isinstance(request.mask, Image.Image)
-    assert request.width is not None
-    assert request.height is not None
-    width, height = request.width, request.height
-    if request.mask_crop is None:
-        mask = images.resize(request.mask, width, height, request.resize)
-        if request.mask.size != (width, height):
-            message = f"the picture is resized from {request.mask.width}x{request.mask.height} to {width}x{height}"
-            message += ", also where the mask keeps it: with mask_crop it keeps its size"
-            warnings.warn(message, CalotypeWarning, stacklevel=5)
-    else:
-        mask = request.mask
-        for control in request.controls:
-            first = control.image[0] if isinstance(control.image, tuple) else control.image
-            if first.size != mask.size:
-                sizes = f"{first.width}x{first.height} and the image {mask.width}x{mask.height}"
-                raise UsageError(
-                    f"control {control.name!r} is {sizes}: with mask_crop they must be equal",
-                    hint="the control is cropped as the image is: resize one of them first",
-                )
-    masks.check(mask, request.mask_feather)
-
-
-def _grid(request: Request, schedule: NoiseSchedule) -> tuple[float, ...]:
-    """The timesteps of a resolved request. Raises UsageError."""
-    assert request.sampler is not None, "the request is not resolved"
-    assert request.steps is not None
-    strength = 1.0 if request.strength is None else request.strength
-    return tuple(grid_for(request.sampler, schedule, request.steps, request.timesteps, strength))
 
 
 # ---- drawing ----
@@ -230,11 +92,11 @@ def prepare(parts: Parts, request: Request) -> Job:
     assert request.width is not None
     assert request.height is not None
     weight, size = next(parts.unet.parameters()), (request.width, request.height)
-    schedule, windows = parts.schedule, tuple[range, ...]()
+    schedule, windows = schedule_of(parts, request), tuple[range, ...]()
     if request.frames is not None and parts.motion is not None:
-        schedule, windows = parts.motion.schedule, _windows(request.frames, parts.motion.adapter.config.max_frames)
-    times = _grid(request, schedule)
-    draws = _draw(parts, request, draws_needed(request.sampler, len(times), request.gamma))
+        windows = _windows(request.frames, parts.motion.adapter.config.max_frames)
+    times, gamma = grid_of(request, schedule), GAMMA if request.gamma is None else request.gamma
+    draws = _draw(parts, request, draws_needed(request.sampler, len(times), gamma))
     noise = [each.to(weight.device, weight.dtype) for each in draws.steps]
     rows = len(noise[0])
 
@@ -258,7 +120,7 @@ def prepare(parts: Parts, request: Request) -> Job:
     if request.image is not None:
         task = _picture_task(parts, request, size, region, rows, draws)
         source, beside, finish = task.source, task.beside, task.finish
-    sampler = sampler_for(request.sampler, schedule, times, noise, source, request.gamma)
+    sampler = sampler_for(request.sampler, schedule, times, noise, source, gamma)
     acting = [control for control in request.controls if control.scale]
     controls = tuple(_steering(parts, control, request, size, region, rows) for control in acting)
     return Job(request, times, sampler, conditioning, guidance, controls, windows, beside, finish)

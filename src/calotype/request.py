@@ -21,6 +21,7 @@ from calotype import images
 from calotype.errors import UsageError
 
 SAMPLERS = ("lcm", "tcd", "ddim", "euler")
+SPACINGS = ("leading", "linspace", "trailing")
 RESIZES = ("stretch", "crop", "pad")
 GUIDANCE_MODES = ("full", "once")
 MAX_PROMPT = 20_000  # characters
@@ -47,6 +48,7 @@ ELSEWHERE = {
     "padding_mask_crop": "mask_crop",
     "control_image": "controls",
     "eta": "gamma",
+    "timestep_spacing": "spacing",
 }
 
 Picture = Image.Image | tuple[Image.Image, ...]  # one; or one for each frame
@@ -91,6 +93,7 @@ class Request:
     seed: that of the first picture; picture i is that of seed + i alone.      n: pictures, 1 to 64.
     width, height: pixels, multiples of 8, 8 to 8192, at most 4096 x 4096 in all.
     sampler: "lcm", "tcd", "ddim" or "euler".               timesteps: an explicit grid, strictly descending.
+    spacing: of ddim's and euler's timesteps: "leading",    "trailing" or "linspace".
     gamma: of "tcd", 0 (deterministic) to 1.                clip_skip: last layers of the text encoder to leave out.
     guidance_steps: guide the first so many steps only.     guidance_mode: "full", or "once": the negative prompt is
     emphasis: read (), [], (x:1.3) and BREAK in the         evaluated in the first step only, and remembered.
@@ -116,10 +119,11 @@ class Request:
     height: int | None = None
     sampler: str | None = None
     timesteps: tuple[int, ...] | None = None
+    spacing: str | None = None
     guidance_steps: int | None = None
     clip_skip: int | None = None
     emphasis: bool = False
-    gamma: float = 0.3
+    gamma: float | None = None
     guidance_mode: str = "full"
     image: Picture | None = field(default=None, hash=False)  # Pillow's pictures can be compared, but have no hash
     mask: Image.Image | None = field(default=None, hash=False)
@@ -168,7 +172,10 @@ class Request:
             self._set("clip_skip", _integer("clip_skip", self.clip_skip, 0, MAX_STEPS))
         if not isinstance(self.emphasis, bool):
             raise UsageError(f"emphasis is {_shown(self.emphasis)}: must be true or false")
-        self._set("gamma", _number("gamma", self.gamma, 0, 1))
+        if self.gamma is not None:
+            self._set("gamma", _number("gamma", self.gamma, 0, 1))
+        if self.spacing is not None:
+            _choice("spacing", self.spacing, SPACINGS)
         _choice("guidance_mode", self.guidance_mode, GUIDANCE_MODES)
         _choice("resize", self.resize, RESIZES)
         self._set("fps", _integer("fps", self.fps, 1, 60))

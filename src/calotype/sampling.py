@@ -38,6 +38,8 @@ from calotype.schedule import (
     x0_from,
 )
 
+GAMMA = 0.3  # of "tcd", where nothing is said: the reference's
+
 
 @dataclass(frozen=True, eq=False)
 class Eval:
@@ -99,7 +101,7 @@ def tcd(
     grid: Sequence[float],
     noise: Sequence[Tensor],
     source: Source | None = None,
-    gamma: float = 0.3,
+    gamma: float = GAMMA,
 ) -> Sampler:
     """Strategic stochastic sampling (Zheng et al. 2024, Trajectory consistency distillation, arXiv 2402.19159, Alg. 4).
 
@@ -240,7 +242,7 @@ def sampler_for(
     grid: Sequence[float],
     noise: Sequence[Tensor],
     source: Source | None = None,
-    gamma: float = 0.3,
+    gamma: float = GAMMA,
 ) -> Sampler:
     """The sampler of that name, ready to run. gamma matters to "tcd" alone."""
     return tcd(schedule, grid, noise, source, gamma) if name == "tcd" else SAMPLERS[name](schedule, grid, noise, source)
@@ -276,7 +278,7 @@ def grid_for(
     return spaced_grid(steps, share, schedule.spacing, schedule.steps_offset)
 
 
-def draws_needed(sampler: str, steps: int, gamma: float = 0.3) -> int:
+def draws_needed(sampler: str, steps: int, gamma: float = GAMMA) -> int:
     """How many draws of noise a run of `steps` steps takes."""
     _check_name(sampler)
     return steps if sampler == "lcm" or (sampler == "tcd" and gamma > 0) else 1

@@ -511,8 +511,8 @@ def prompts(tmp_path: Path, *lines: str) -> Source:
 def test_the_teacher_draws(model: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Any) -> None:
     from calotype import generate as loop
     from calotype.prepare import prepare as ready
-    from calotype.prepare import resolve
     from calotype.request import Request
+    from calotype.resolve import resolve
 
     parts, cache = request.getfixturevalue(model), tmp_path / "cache"
     source = prompts(tmp_path, "a fox", "a cat")

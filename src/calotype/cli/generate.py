@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calotype.cli import adapters, destination, parse
+from calotype.cli import adapters, destination, parse, report
 from calotype.cli.adapters import Adapters
 from calotype.cli.progress import Report, progress
 from calotype.cli.show import recorded
@@ -94,6 +94,9 @@ def generate(
     fps: Annotated[int | None, typer.Option(parser=parse.whole, metavar="N", help="Frames a second (8).")] = None,
     sampler: Annotated[str | None, typer.Option(metavar="NAME", help="lcm, tcd, ddim or euler.")] = None,
     gamma: Annotated[float | None, typer.Option(parser=parse.number, metavar="G", help="Of tcd, 0 to 1 (0.3).")] = None,
+    spacing: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of ddim's and euler's steps: leading, linspace, trailing.")
+    ] = None,
     guidance_mode: Annotated[
         str | None, typer.Option(metavar="MODE", help="full, or once: one evaluation of the negative prompt.")
     ] = None,
@@ -134,6 +137,7 @@ def generate(
         fps=fps,
         sampler=sampler,
         gamma=gamma,
+        spacing=spacing,
         guidance_mode=guidance_mode,
         timesteps=None if timesteps is None else parse.timesteps(timesteps),
         guidance_steps=guidance_steps,
@@ -250,6 +254,8 @@ def uncollected() -> Iterator[None]:
 
 def develop(engine: Engine, request: Request, show: Report) -> Result:
     """Runs the request to its end; the generator `engine.stream` returns the result after its last step."""
+    for note in engine.notes(request):
+        report.note(note)
     stream = engine.stream(request)
     show("reading the prompt")
     start = time.perf_counter()

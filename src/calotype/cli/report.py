@@ -1,4 +1,4 @@
-"""How the command line tells people things: `warning:`, `error:` and `hint:` lines on stderr, and the exit codes."""
+"""How people are told things: `note:`, `warning:`, `error:` and `hint:` lines on stderr, and the exit codes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ def printable(text: str) -> str:
 
 def warning(message: str) -> None:
     print(f"warning: {printable(message)}", file=sys.stderr)
+
+
+def note(message: str) -> None:
+    print(f"note: {printable(message)}", file=sys.stderr)
 
 
 def failure(error: BaseException, *, debug: bool) -> int:

@@ -15,6 +15,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from calotype.parts import Habit
+
 Shape = tuple[int, ...]
 
 
@@ -188,16 +190,6 @@ class Decomposed(Delta):
         unit = weight / norm.clamp_min(torch.finfo(torch.float32).tiny)  # a row of zeros stays one
         changed: Tensor = self.magnitude.to(base.device, torch.float32) * unit
         return scale * (changed - base)
-
-
-@dataclass(frozen=True)
-class Habit:
-    """How an adapter that was distilled is used: what a request that leaves it open gets."""
-
-    sampler: str
-    steps: int
-    guidance: float  # diffusers' guidance_scale: 1 is none
-    timesteps: tuple[int, ...] = ()  # of those steps, where the base model's own grid is another one
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,20 +16,19 @@ from torch import Tensor
 
 from calotype.errors import CalotypeWarning, CheckpointError
 from calotype.families import FAMILIES, SDXL, SSD1B
-from calotype.lora.deltas import Decomposed, Delta, Difference, Habit, Hadamard, Kronecker, LoRA, LowRank, Plain, Shape
+from calotype.lora.deltas import Decomposed, Delta, Difference, Hadamard, Kronecker, LoRA, LowRank, Plain, Shape
 from calotype.lora.names import NETWORKS, Names, networks
 from calotype.parts import Parts
 from calotype.weights import source
 from calotype.weights.detect import looks_like
 from calotype.weights.fields import Fields
-from calotype.weights.files import is_finite, metadata, parse_json, read, read_json, shown
-from calotype.weights.pipeline import SAMPLERS
+from calotype.weights.files import is_finite, parse_json, read, read_json, shown
+from calotype.weights.habits import habit_of
 
 T = TypeVar("T")
 
 DEFAULT_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-HABIT = "calotype.habit"  # ours: how a distilled adapter is used
 METADATA = "lora_adapter_metadata"  # diffusers' entry in a file's header: the configs that PEFT trained with
 
 # How a key ends, and what its tensor is. In PEFT's own state the adapter's name stands behind `lora_A`.
@@ -60,7 +59,7 @@ def load_lora(
     path = source.resolve_file(
         ref, weight_name, preferred=(DEFAULT_FILE, PEFT_FILE), beside=(PEFT_CONFIG,), revision=revision, offline=offline
     )
-    return LoRA(str(ref), weight_name, read_lora(path, parts), revision, read_habit(path))
+    return LoRA(str(ref), weight_name, read_lora(path, parts), revision, habit_of("lora", ref, path))
 
 
 def read_lora(path: Path, parts: Parts) -> dict[str, dict[str, Delta]]:
@@ -197,20 +196,6 @@ def _of(module: str, patterns: Mapping[str, float], default: T) -> float | T:
             if name == pattern.removeprefix("^") or (pattern[0] != "^" and name.endswith(f".{pattern}")):
                 return value
     return default
-
-
-def read_habit(path: Path) -> Habit | None:
-    """How an adapter that calotype distilled is used, from the file's header. Raises CheckpointError."""
-    text = metadata(path).get(HABIT)
-    if text is None:
-        return None
-    fields = Fields(parse_json(text.encode(), f"{path}: {HABIT}"), f"{path}: {HABIT}")
-    return Habit(
-        fields.one_of("sampler", "lcm", SAMPLERS),
-        fields.integer("steps", 4, 1, 1000),
-        fields.number("guidance", 1.0, 0.0, 100.0),
-        fields.integers("timesteps", (), 0, 99_999, (0, 1000)),
-    )
 
 
 def read_scalings(path: Path) -> dict[str, Scaling]:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from calotype.errors import CheckpointError, OutputError
-from calotype.lora import Habit, LoRA, LowRank
-from calotype.lora.formats import DEFAULT_FILE, HABIT, METADATA
+from calotype.lora import LoRA, LowRank
+from calotype.lora.formats import DEFAULT_FILE, METADATA
 from calotype.lora.names import kohya_name, ldm_names
 from calotype.nn.unet import UNet
-from calotype.parts import Parts
+from calotype.parts import Habit, Parts
 from calotype.schedule import NoiseSchedule, spaced_grid
 from calotype.text.tokenizer import TABLES, clip_tables
 from calotype.training.card import PEERS, Facts, Run, card, portable, settings_of
@@ -31,6 +31,7 @@ from calotype.weights import load
 from calotype.weights.convert import ARCHITECTURES, PREDICTIONS, SUFFIX, WEIGHTS
 from calotype.weights.files import header, is_finite
 from calotype.weights.folder import SCHEDULER, TOKENIZER_FILES, Folder, Model, weight_files
+from calotype.weights.habits import HABIT, to_json
 from calotype.weights.single_file import SingleFile
 from calotype.weights.write import Pending, write_safetensors
 
@@ -222,8 +223,8 @@ def export_adapter(parts: Parts, lora: LoRA, output: Path, run: Run, dtype: torc
         _write(folder / "training.json", list(run.history))  # how it was made
         (folder / CARD).write_text(card(facts), encoding="utf-8")
         tensors = _kohya_tensors(parts.unet, deltas, alpha, _xl(parts), dtype)
-        own = Habit(facts.settings["sampler"], facts.steps, facts.guidance, tuple(facts.grid))
-        habit = {HABIT: json.dumps(vars(own))}
+        own = Habit(facts.settings["sampler"], facts.steps, facts.guidance, tuple(facts.grid) or None)
+        habit = {HABIT: to_json(own)}
         write_safetensors(folder / KOHYA_FILE, tensors, _kohya_metadata(parts, facts, rank, alpha) | habit)
         config = {"unet.r": rank, "unet.lora_alpha": alpha, "unet.target_modules": [*deltas]}
         peft = {METADATA: json.dumps(config)}

@@ -22,13 +22,14 @@ from calotype.nn.clip_vision import CLIP
 from calotype.nn.tiny_vae import AutoencoderTiny
 from calotype.nn.unet import UNet
 from calotype.nn.vae import AutoencoderKL
-from calotype.parts import Parts, Stored
+from calotype.parts import Habit, Parts, Stored
 from calotype.schedule import NoiseSchedule
 from calotype.text.encode import TextEncoder
 from calotype.weights import configs, source
 from calotype.weights.compare import check
 from calotype.weights.files import is_finite, read, read_json, shown
 from calotype.weights.folder import SCHEDULER, Folder, Model, check_variant, merged_header, weight_files
+from calotype.weights.habits import habit_of
 from calotype.weights.names import Kind
 from calotype.weights.pipeline import defaults_of, repaired_schedule
 from calotype.weights.single_file import SingleFile
@@ -96,6 +97,9 @@ def load_parts(
 
     # All configs first: they are cheap, and say whether the parts belong together.
     scheduler = repaired_schedule(pipeline, whole.json(SCHEDULER))
+    habit = None if whole.has("calotype.json") else _habit(whole, owners["unet"], model, unet)
+    if habit is not None and habit.prediction is not None and prediction is None:
+        scheduler = {**scheduler, "prediction_type": habit.prediction}
     schedule = NoiseSchedule.from_config(scheduler)
     unet_ = unet_of(*config_of(owners["unet"], "unet"))
     family = family_of(unet_.config)
@@ -103,7 +107,8 @@ def load_parts(
     encoders = {name: text_encoder_of(*config_of(whole, name)) for _, name in pipeline.text_parts}
     check_fit(unet_, vae_, [*encoders.values()])
     own = whole.json("calotype.json") if whole.has("calotype.json") else {}
-    defaults = defaults_of(own, whole.where("calotype.json"), family, unet_.config, schedule, vae_.config.downscale)
+    place, downscale = whole.where("calotype.json"), vae_.config.downscale
+    defaults = defaults_of(own, place, family, unet_.config, schedule, downscale, habit)
     tokenizers = [whole.tokenizer(name) for name, _ in pipeline.text_parts]
     text = TextEncoder(tokenizers, [*encoders.values()])
 
@@ -120,6 +125,7 @@ def load_parts(
         defaults=defaults,
         zero_empty_negative=pipeline.zero_empty_negative,
         source=str(whole.path),
+        habit=habit,
         scheduler=scheduler,
         stored=stored,
     )
@@ -147,6 +153,13 @@ def _opened(
         folders = {name: whole.folder(name) for _, name in whole.pipeline().text_parts} | folders
     check_variant(folders, variant)
     return whole, owners
+
+
+def _habit(whole: Model, owner: Model, model: str | Path | None, unet: str | Path | None) -> Habit | None:
+    """How the few-step model likes to be used that a U-Net is of, or is."""
+    if owner is whole:
+        return habit_of("model", model, whole.path)
+    return habit_of("model", unet, owner.folder("unet") if isinstance(owner, Folder) else owner.path)
 
 
 def open_model(root: Path, variant: str | None = None, prediction: str | None = None) -> Model:

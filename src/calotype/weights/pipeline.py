@@ -10,11 +10,12 @@ from typing import Any
 from calotype.errors import CheckpointError
 from calotype.families import LCM_GUIDANCE, LCM_GUIDANCE_RANGE, LCM_STEPS, PLAIN_LCM_GUIDANCE, Family
 from calotype.nn.unet import UNetConfig
-from calotype.parts import Defaults
+from calotype.parts import Defaults, Habit
 from calotype.schedule import CONSISTENCY, NoiseSchedule
 from calotype.weights.configs import TEXT_CLASSES
 from calotype.weights.fields import Fields
 from calotype.weights.files import read_json, shown
+from calotype.weights.habits import SAMPLERS
 
 PIPELINES = (
     "StableDiffusionPipeline",
@@ -37,7 +38,6 @@ CLASSES: dict[str, Sequence[str]] = {
 LIBRARIES = ("diffusers", "transformers")
 REQUIRED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # listed in model_index.json, not part of a picture
-SAMPLERS = ("lcm", "tcd", "ddim", "euler")
 MAX_PIXELS = 16384  # of a default width or height
 
 
@@ -126,9 +126,15 @@ def read_defaults(folder: Path, family: Family, unet: UNetConfig, schedule: Nois
 
 
 def defaults_of(
-    raw: dict[str, Any], path: str, family: Family, unet: UNetConfig, schedule: NoiseSchedule, downscale: int
+    raw: dict[str, Any],
+    path: str,
+    family: Family,
+    unet: UNetConfig,
+    schedule: NoiseSchedule,
+    downscale: int,
+    habit: Habit | None = None,
 ) -> Defaults:
-    """The model's defaults: what calotype.json gives, and the family's for the rest.
+    """The model's defaults: what calotype.json gives; else its habit, if it is a few-step model; else the family's.
 
     `downscale` is the autoencoder's pixels a latent. Raises CheckpointError for unknown fields and values out of range.
     """
@@ -136,10 +142,13 @@ def defaults_of(
     known = ("sampler", "steps", "guidance", "width", "height", "guidance_range")
     if unknown := [name for name in raw if name not in known]:
         raise CheckpointError(f"{path} has the field {shown(unknown[0])}; known are {', '.join(known)}")
-    sampler = fields.one_of("sampler", default_sampler(unet, schedule), SAMPLERS)
-    steps, guidance, side = family.steps, family.guidance, unet.sample_size * downscale
+    own = Habit() if habit is None else habit
+    sampler = fields.one_of("sampler", own.sampler or default_sampler(unet, schedule), SAMPLERS)
+    steps, guidance, side = family.steps, family.guidance, own.size or unet.sample_size * downscale
     if sampler in CONSISTENCY:
         steps, guidance = LCM_STEPS, PLAIN_LCM_GUIDANCE if unet.guidance_dim is None else LCM_GUIDANCE
+    steps = steps if own.steps is None else own.steps
+    guidance = guidance if own.guidance is None else own.guidance
 
     def pixels(name: str) -> int:
         if not fields.given(name):
