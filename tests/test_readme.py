@@ -1,12 +1,15 @@
-"""What the README shows is run: its first block of Python, and that each file it names is there."""
+"""What the README shows is run: its first block of Python, its first commands, and each file it names is there."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from calotype import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,6 +24,36 @@ def test_the_first_lines_of_python_run(tmp_path: Path, monkeypatch: pytest.Monke
         assert picture.size == (128, 128)
         assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 500  # not a blank
     assert sorted(path.name for path in Path().glob("step-*.png")) == [f"step-{i}.png" for i in range(4)]
+
+
+def test_the_first_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, as in a clone: what one writes, the next may read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    block = re.search(r"```\n(calotype .*?)```", README, re.DOTALL)
+    assert block is not None
+    commands = [shlex.split(line, comments=True) for line in block[1].replace("\\\n", " ").splitlines()]
+    assert len(commands) >= 10
+    for _, *arguments in commands:
+        assert cli.main([*arguments, "--quiet"] if arguments[0] != "show" else arguments) == 0, arguments
+    named = [arguments[arguments.index("-o") + 1] for arguments in commands if "-o" in arguments]
+    for name in named:
+        for path in [tmp_path / name] if name != "heart.png" else sorted(tmp_path.glob("heart-*.png")):
+            with Image.open(path) as picture:
+                assert picture.size == (128, 128)
+                assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 300, path  # not a blank
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "heart-2.png").read_bytes()
+
+
+def test_commands_for_the_hub_are_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Their options are right, up to the model that cannot be had here."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64), "red").save("photo.jpg")
+    blocks = re.findall(r"```\n(calotype .*?)```", README, re.DOTALL)
+    lines = [line for block in blocks[1:2] for line in block.replace("\\\n", " ").splitlines()]
+    assert len(lines) == 3
+    for line in lines:
+        assert cli.main([*shlex.split(line)[1:], "--offline"]) == 3, line  # no such model
 
 
 def test_links_and_rooms_exist() -> None:
