@@ -320,8 +320,9 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_been(
     import train_text
 
     train_text.train(text_options(data, tmp_path / "text", steps=2))
+    again = weights(tmp_path / "text", "model")
     for name, tensor in weights(text, "model").items():
-        assert torch.equal(tensor, weights(tmp_path / "text", "model")[name]), name
+        assert torch.equal(tensor, again[name]), name
 
     for steps in (2, 4):  # the rate of a shorter run falls sooner: the second must not notice
         options = base_options(data, autoencoder, text, tmp_path / "base", steps)
@@ -330,8 +331,9 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_been(
     options = base_options(data, autoencoder, text, tmp_path / "whole", 4)
     options.fall = 1e-9
     train_base.train(options)
+    stopped = weights(tmp_path / "base", "average")
     for name, tensor in weights(tmp_path / "whole", "average").items():
-        assert torch.equal(tensor, weights(tmp_path / "base", "average")[name]), name
+        assert torch.equal(tensor, stopped[name]), name
 
 
 @pytest.mark.parametrize("native", [False, True])
