@@ -210,9 +210,9 @@ def _general(left: dict[str, Tensor], place: Place, ratio: Callable[[int | None]
     a1, a2, b1, b2 = (left.pop(f"glora_{part}") for part in ("a1", "a2", "b1", "b2"))
     if any(factor.ndim not in (2, 4) for factor in (a1, a2, b1, b2)):
         raise ValueError("has factors of shapes that do not go together")
-    outputs, inputs = place.shape[:2]
-    new = b1.shape[1] == b2.shape[0] == a1.shape[1] == a2.shape[0]
-    old = b2.shape[1] == b1.shape[0] == a2.shape[1] == a1.shape[0] and (len(b2), len(a2)) == (outputs, inputs)
+    sides = place.shape[:2]  # outputs, inputs
+    new = b1.shape[1] == b2.shape[0] == a1.shape[1] == a2.shape[0] and (len(b1), len(a1)) == sides
+    old = b2.shape[1] == b1.shape[0] == a2.shape[1] == a1.shape[0] and (len(b2), len(a2)) == sides
     if new and old:
         raise ValueError(f"is of rank {len(a2)}, as large as its layer: GLoRA's two orders cannot be told apart")
     if old:
