@@ -49,13 +49,13 @@ WRAPPED = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wr
 UNSUPPORTED = {
     "BOFT as PEFT writes it (boft_R)": r"boft_[Rs]\b",
     "PVeRA": r"pvera_",
-    "VeRA": r"vera_(lambda|[AB])",
+    "VeRA": r"vera_(?:lambda|[AB])",
     "VB-LoRA": r"vblora_",
     "HRA": r"hra_u\b",
     "FourierFT": r"fourierft_",
     "WaveFT": r"waveft_",
     "LN-tuning": r"ln_tuning_layers\b",
-    "X-LoRA": r"(internal_)?xlora_",
+    "X-LoRA": r"(?:internal_)?xlora_",
     "AdaLoRA": r"lora_E\b",
     "GLoRA as PEFT writes it (glora_A)": r"glora_[A-E]\b",
     "RandLoRA": r"randlora_",
@@ -64,9 +64,9 @@ UNSUPPORTED = {
     "HiRA": r"hira_",
     "TinyLoRA": r"tinylora_",
     "Uni-LoRA": r"unilora_",
-    "Poly": r"poly_(lora|router)",
-    "MiSS or Bone": r"(miss|bone)_",
-    "RoAd": r"road_(theta|alpha)\b",
+    "Poly": r"poly_(?:lora|router)",
+    "MiSS or Bone": r"(?:miss|bone)_",
+    "RoAd": r"road_(?:theta|alpha)\b",
     "C3A": r"c3a_kernel\b",
     "SHiRA": r"shira_",
     "OSF": r"osf_",
@@ -78,21 +78,20 @@ UNSUPPORTED = {
     "AdaMSS": r"adamss_",
     "BEFT": r"beft_bias\b",
     "SuperTuning": r"supertuning_",
-    "Shadow": r"shadow_(up|down|alpha)",
+    "Shadow": r"shadow_(?:up|down|alpha)",
     "KaSA": r"lora_diag\b",
     "MonteCLoRA": r"lora_monteclora",
     "OFT of an embedding table": r"oft_embedding_R\b",
     "trainable tokens": r"trainable_tokens_delta\b",
-    "prompt tuning": r"prompt_(embeddings|encoder)\b",
+    "prompt tuning": r"prompt_(?:embeddings|encoder)\b",
     "ControlNet-LLLite": r"lllite_",
     "Control-LoRA, which is a ControlNet": r"lora_controlnet",
-    "DyLoRA as it is trained, not as it is saved": r"(up|down)_list\.\d+",
+    "DyLoRA as it is trained, not as it is saved": r"(?:up|down)_list\.\d+",
     "GLoRA with a Tucker middle": r"[abg]m\.weight",
     "DoRA of OFT": r"dora_multiplier|initial_norm",
-    "cloneofsimo's lists of matrices, which do not say their layers": r"(unet|text_encoder):\d+:(up|down)",
+    "cloneofsimo's lists of matrices, which do not say their layers": r"(?:unet|text_encoder):\d+:(?:up|down)",
 }
-SHOWN = {name: re.compile(rf"(?:^|[._])(?:{key})") for name, key in UNSUPPORTED.items()}
-ANY = re.compile("|".join(pattern.pattern for pattern in SHOWN.values()))
+SIGN = re.compile(rf"(?:^|[._])(?:{'|'.join(f'({key})' for key in UNSUPPORTED.values())})")
 
 
 def layers_of(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -119,5 +118,7 @@ def layers_of(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]
 
 def unsupported(keys: Iterable[str]) -> tuple[str, str] | None:
     """(what it is, a key that shows it) of an adapter that is known and not applied."""
-    key = next((key for key in keys if ANY.search(key)), None)
-    return None if key is None else (next(name for name, pattern in SHOWN.items() if pattern.search(key)), key)
+    for key in keys:
+        if (sign := SIGN.search(key)) is not None:
+            return [*UNSUPPORTED][next(i for i, group in enumerate(sign.groups()) if group is not None)], key
+    return None

@@ -274,7 +274,9 @@ def _oft_packed(left: dict[str, Tensor], place: Place) -> Rotated:
             q = projected(q, how.most)
         turned = cayley(-q) if how.terms is None else neumann(q, how.terms)
     elif "base_model" in place.name:
-        raise ValueError("is PEFT's OFT: only the adapter_config.json that belongs beside it says how it is applied")
+        raise ValueError(
+            "is PEFT's OFT: only adapter_config.json, beside an adapter_model.safetensors, says how it is applied"
+        )
     else:
         if flag:
             q = q / (2 * math.sqrt(max(q.shape[-1] - 1, 1)))
@@ -288,7 +290,9 @@ def _oft_of_old_peft(left: dict[str, Tensor], place: Place) -> Rotated:
     how, outputs = place.scaling.rotations, place.shape[0]
     turned = outputs if lengths is None else math.prod(place.shape[1:])
     if how is None:
-        raise ValueError("is PEFT's OFT: only the adapter_config.json that belongs beside it says how it is applied")
+        raise ValueError(
+            "is PEFT's OFT: only adapter_config.json, beside an adapter_model.safetensors, says how it is applied"
+        )
     if how.most is not None:
         count = max(turned // blocks.shape[-1], 1)
         blocks = projected(blocks, how.most * math.ceil(outputs / count) ** 2)

@@ -20,15 +20,11 @@ from calotype.text.inversion import Inversion
 PREFIX = "bundle_emb."
 # What vectors are called, by their encoder; the first may be the only one. A word's only tensor may have any name.
 ENCODERS = {"clip_l": 0, "clip_h": 0, "string_to_param.*": 0, "emb_params": 0, "*": 0, "clip_g": 1}
-OUTPUTS = (
-    "clip_l_out",
-    "clip_g_out",
-    "clip_h_out",
-)  # OneTrainer's vectors behind the text encoder, instead of before it
+OUTPUTS = ("clip_l_out", "clip_g_out", "clip_h_out")  # OneTrainer's, for behind the text encoder instead of before it
 UNTOLD = ("emb_params", "clip_l", "clip_g")  # ai-toolkit's: vectors without the word, which its training script names
-KEY = re.compile(rf"(.+)\.({'|'.join(map(re.escape, (*ENCODERS, *OUTPUTS)))})")
+NEEDLESS = ("string_to_token.*", "step", "name", "sd_checkpoint", "sd_checkpoint_name")  # of a whole textual inversion
+KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, (*ENCODERS, *OUTPUTS, *NEEDLESS)))})")
 OTHER_KEY = re.compile(r"([^.]+)\.(.+)")
-NEEDLESS = re.compile(r"string_to_token\..*|step|name|sd_checkpoint(_name)?")  # in a textual inversion of those days
 
 
 def is_of_word(key: str) -> bool:
@@ -50,11 +46,11 @@ def read_words(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Inversion, ..
                 raise CheckpointError(
                     f"{path}: {key!a:.120} says no word", f"known is {PREFIX}WORD.clip_l, or emb_params"
                 )
-            if not NEEDLESS.fullmatch(match[2]):
+            if match[2] not in NEEDLESS:
                 found.setdefault(match[1], {})[match[2]] = tensor
     if untold := [key for key in UNTOLD if key in tensors]:
         _warn(f"{path} holds vectors of a word and not the word ({', '.join(untold)}): they are left out")
-    words = (_word(f"{path}: {PREFIX}{word}", word, kinds) for word, kinds in found.items())
+    words = (_word(f"{path}: {PREFIX}{ascii(word)[1:-1][:80]}", word, kinds) for word, kinds in found.items())
     return tuple(word for word in words if word is not None)
 
 
