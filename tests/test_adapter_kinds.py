@@ -392,6 +392,18 @@ def test_oft_of_peft_0_15(parts: Parts, tmp_path: Path) -> None:
     assert close(weight(parts, FF), lengths * by_columns(base, turned(-blocks / 2).T))
 
 
+def test_oft_with_its_config_in_the_header(parts: Parts, tmp_path: Path) -> None:
+    """As diffusers keeps configs: here Cayley's transform itself, (I - Q) (I + Q)^-1, from the upper triangles."""
+    packed, base = small(4, 28), weight(parts, SQUARE).clone()
+    config = {"peft_type": "OFT", "r": 0, "oft_block_size": 8, "use_cayley_neumann": False}
+    metadata = {f"unet.{key}": value for key, value in config.items()}
+    path = save(tmp_path / "it.safetensors", {f"unet.{SQUARE}.oft_R.weight": packed}, metadata)
+    Stack(parts).add("it", load_lora(path, parts))
+    triangles = torch.zeros(4, 8, 8)
+    triangles[:, *torch.triu_indices(8, 8, 1)] = packed
+    assert close(weight(parts, SQUARE), by_columns(base, turned(-triangles).T))
+
+
 def test_ia3_of_peft_multiplies_biases_of_outputs(parts: Parts, tmp_path: Path) -> None:
     base, bias = weight(parts, FF).clone(), weight(parts, FF, "bias").clone()
     factors = 1 + small(32, 1)
@@ -535,6 +547,8 @@ def test_other_kinds_are_refused_by_name(parts: Parts, tmp_path: Path, key: str,
         (FF, {"oft_blocks": small(4, 8, 8), "rescale": small(31, 1)}, "another shape"),
         (FF, {"oft_blocks": small(4, 8, 8), "dora_scale": small(32, 1)}, "has DoRA's lengths without a change"),
         (FF, {"oft_diag": small(4, 8)}, "has blocks of shape"),
+        (FF, {"oft_blocks": small(4, 8, 8), "scalar": torch.tensor(1.0)}, "has scalar without"),
+        (FF, {"lora_up.weight": small(32, 3), "scalar": torch.ones(2)}, "has the scalar"),
         (FF, {"oft_R.weight": small(16, 27)}, "shapes that do not go together"),
         (FF, {"oft_R.weight": small(15, 28)}, r"another shape \(.*\[120\]"),
         (FF, {"oft_r": small(4, 8, 8)}, r"only adapter_config\.json"),

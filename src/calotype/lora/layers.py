@@ -64,7 +64,8 @@ def deltas_of(layer: dict[str, Tensor], place: Place) -> dict[str, Delta]:
             )
     left = dict(layer)  # each part is taken out of it when it is used
     alpha = _number(left, "alpha")
-    scalar = _number(left, "scalar")
+    factors = any(part.startswith(("up", "hada_", "lokr_", "glora_")) for part in left)
+    scalar = _number(left, "scalar") if factors else None
 
     def ratio(rank: int | None) -> float:
         if rank == 0:
