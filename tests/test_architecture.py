@@ -40,7 +40,7 @@ ROOMS: dict[str, str] = {
     "generate": "parts sampling request images latents schedule nn",
     "resolve": "parts sampling schedule request images masks",
     "prepare": "resolve generate parts sampling schedule request images masks latents nn",
-    "lora": "nn weights parts families",
+    "lora": "nn weights parts families text.inversion text.encode",
     "engine": "generate prepare resolve parts weights lora images video request schedule precision nn.motion"
     " text.inversion",
     "training": "generate prepare sampling schedule precision weights lora parts images latents nn text request",

@@ -851,7 +851,7 @@ def test_made_for() -> None:
         ({f"{kohya(FF)}.alpha": torch.tensor([1.0, 2.0])}, r"has the alpha \[1"),
         ({f"{kohya(FF)}.dora_scale": n(31, 1)}, "has 31 lengths for a weight of shape"),
         ({f"{kohya(FF)}.lokr_w1": n(4, 8)}, "has lokr_w1 without what belongs to it"),
-        ({f"{kohya(FF)}.oft_blocks": n(4, 8)}, "name nothing in it"),
+        ({f"{kohya(FF)}.oft_blocks": n(4, 8, 8)}, "has oft_blocks without what belongs to it"),
         ({"text_encoder_2.text_projection.lora_A.weight": n(3, 32)}, "name nothing in it"),
         ({"lora_unet_conv_nowhere.alpha": torch.tensor(1.0)}, r"name nothing in it \(lora_unet_conv_nowhere\)"),
         ({f"{kohya(LINEAR)}.diff_b": n(32)}, r"name nothing in it \(.*to_k \(bias\)\)"),

@@ -20,6 +20,7 @@ from calotype.images import save_png
 from calotype.lora import Delta, LoRA, Stack, load_lora
 from calotype.lora.live import Scale
 from calotype.lora.names import MOTION
+from calotype.lora.words import Words
 from calotype.nn import motion
 from calotype.parts import Habit, Motion, Parts, Stored
 from calotype.precision import warn_of_emulation
@@ -99,6 +100,7 @@ class Engine:
         self._controls: dict[str, dict[str, Any]] = {}  # name -> what it was loaded from
         self._embeddings: dict[str, dict[str, Any]] = {}  # token -> what it was loaded from
         self._stack = Stack(parts)
+        self._words = Words(parts.text)
 
     def __call__(self, prompt: str | Request, **fields: Any) -> Result:
         """Draws a prompt. `fields` are those of Request: steps, guidance, seed, n, width, height, ...
@@ -175,14 +177,18 @@ class Engine:
         revision: str | None = None,
         scale: float = 1.0,
     ) -> str:
-        """Loads a LoRA (LoCon, LoHa, LoKr, DoRA) and merges it beside the others; returns the name that it got.
+        """Loads a LoRA (LoCon, LoHa, LoKr, DoRA, GLoRA, IA3, OFT) and merges it beside the others; returns the name
+        that it got. Textual inversions in the same file are added, too.
 
         `ref` is a .safetensors file, or a folder or Hub id with the file `weight_name`. Raises UsageError where the
-        name is taken, ModelNotFoundError, CheckpointError where a key does not fit the model.
+        name is taken, ModelNotFoundError, CheckpointError where a key does not fit the model. A word that is known
+        already, or cannot be used, is left out (CalotypeWarning).
         """
         name = adapter_name(ref) if name is None else name
         lora = load_lora(ref, self.parts, weight_name=weight_name, revision=revision, offline=self._offline)
+        words = self._words.check(name, lora)
         self._stack.add(name, lora, scale)
+        self._words.learn(name, words)
         return name
 
     def set_loras(self, mix: Mapping[str, float]) -> None:
@@ -193,8 +199,11 @@ class Engine:
         self._stack.set(mix)
 
     def remove_lora(self, name: str) -> None:
-        """Takes a LoRA out of the mix and forgets it. Raises UsageError for a name that `add_lora` has not given."""
+        """Takes a LoRA out of the mix and forgets it, with the words in its file. Raises UsageError for a name that
+        `add_lora` has not given.
+        """
         self._stack.remove(name)
+        self._words.forget(name, self._stack.loras)
 
     @contextmanager
     def live_loras(self, mix: Mapping[str, Scale]) -> Iterator[None]:
@@ -246,11 +255,13 @@ class Engine:
         self.parts = replace(self.parts, controls={n: c for n, c in self.parts.controls.items() if n != name})
 
     def add_embedding(self, ref: str | Path, token: str | None = None, *, weight_name: str | None = None) -> str:
-        """Loads a textual inversion: prompts that hold its token, which is returned, mean what was learnt.
+        """Loads a textual inversion: prompts that hold its token, which is returned, mean what was learnt. A word that
+        came with a LoRA gives way to it.
 
         Raises UsageError where the token is a word already, ModelNotFoundError, CheckpointError.
         """
         learnt = inversion.load_inversion(ref, token, weight_name=weight_name, offline=self._offline)
+        self._words.give_way(learnt)
         inversion.add(self.parts.text, learnt)
         self._embeddings[learnt.token] = {"ref": str(ref), "weight_name": weight_name}
         return learnt.token
@@ -299,7 +310,7 @@ class Engine:
         for name in moving - fitting:
             message = f"the LoRA {name!r} goes with the motion adapter that it changes"
             warnings.warn(message, CalotypeWarning, stacklevel=3)
-            self._stack.remove(name)
+            self.remove_lora(name)
         mix = self._stack.mix
         self._stack.set({name: scale for name, scale in mix.items() if name not in moving})
         motion.detach(self.parts.unet)

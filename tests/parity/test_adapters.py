@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
-from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from reference import NETWORK, Agreement, Pair, distance
@@ -379,6 +379,16 @@ CONFIGS: dict[str, Any] = {
         target_modules=SOME,
         init_weights=False,
     ),
+    "IA3": IA3Config(target_modules=SOME, feedforward_modules=["ff.net.2", "conv1"], init_ia3_weights=False),
+    "OFT": OFTConfig(oft_block_size=8, target_modules=SOME, init_weights=False),
+    "OFT, seven terms": OFTConfig(
+        oft_block_size=8, num_cayley_neumann_terms=7, target_modules=SOME, init_weights=False
+    ),
+    "OFT, two terms": OFTConfig(oft_block_size=8, num_cayley_neumann_terms=2, target_modules=SOME, init_weights=False),
+    "OFT, exact": OFTConfig(r=4, oft_block_size=0, use_cayley_neumann=False, target_modules=SOME, init_weights=False),
+    "OFT, constrained and shared": OFTConfig(
+        oft_block_size=8, coft=True, eps=0.3, block_share=True, target_modules=SOME, init_weights=False
+    ),
 }
 
 
@@ -396,6 +406,8 @@ def test_a_folder_of_peft(pairs: Pairs, agree: Agreement, tmp_path: Path, kind: 
             elif "lora_B" in name and name.endswith("bias"):
                 nn.init.normal_(parameter)
     model.save_pretrained(str(tmp_path))
+    if kind.startswith("OFT"):  # of a convolution, what it trains is not what it merges
+        model.merge_adapter()
     parts = load_parts(pair.folder)
     plain = outputs(parts)[0]
     theirs = their_outputs(pair.pipeline, parts, unet)[0]

@@ -1,4 +1,5 @@
-"""What an adapter does to one parameter, as values: LoRA, LoCon, LoHa, LoKr, plain differences, and DoRA over any.
+"""What an adapter does to one parameter, as values: LoRA, LoCon, LoHa, LoKr, GLoRA, IA3, plain differences, DoRA over
+any; rotations (OFT) are in rotations.py.
 
 Shapes: a weight is (O, I) of a linear layer or (O, I, k, k) of a convolution; r is the rank. `ratio` is what the
 product is multiplied by in training (alpha / r); a user's scale comes on top of it.
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from calotype.parts import Habit
+from calotype.text.inversion import Inversion
 
 Shape = tuple[int, ...]
 
@@ -90,11 +92,11 @@ class LowRank(Plain):
         inner = outer = len(self.down)
         kernel = tuple(self.down.shape[2:])
         if self.mid is not None:
-            _require(self.mid.ndim == 4 and math.prod(kernel) == 1)
+            require(self.mid.ndim == 4 and math.prod(kernel) == 1)
             outer, inner, *size = self.mid.shape
             kernel = tuple(size)
-        _require(self.down.ndim in (2, 4) and len(self.down) == inner)
-        _require(self.up.ndim in (2, 4) and math.prod(self.up.shape[1:]) == self.up.shape[1] == outer)
+        require(self.down.ndim in (2, 4) and len(self.down) == inner)
+        require(self.up.ndim in (2, 4) and math.prod(self.up.shape[1:]) == self.up.shape[1] == outer)
         return (len(self.up), self.down.shape[1], *kernel)
 
     def product(self, device: torch.device, scale: float = 1.0) -> Tensor:
@@ -115,7 +117,7 @@ class Hadamard(Plain):
 
     @property
     def shape(self) -> Shape:
-        _require(self.one.shape == self.other.shape)
+        require(self.one.shape == self.other.shape)
         return self.one.shape
 
     def product(self, device: torch.device, scale: float = 1.0) -> Tensor:
@@ -151,7 +153,7 @@ class Kronecker(Plain):
     def shape(self) -> Shape:
         a, b, *kernel = self.one.shape
         c, d, *kernel_ = self.other.shape
-        _require(math.prod(kernel) == 1)
+        require(math.prod(kernel) == 1)
         return (a * c, b * d, *kernel_)
 
     def product(self, device: torch.device, scale: float = 1.0) -> Tensor:
@@ -161,11 +163,84 @@ class Kronecker(Plain):
 
 
 @dataclass(frozen=True, eq=False)
+class Sum(Plain):
+    """Both of two changes."""
+
+    one: LowRank
+    other: Difference
+
+    @property
+    def shape(self) -> Shape:
+        require(math.prod(self.one.shape) == math.prod(self.other.shape))
+        return self.one.shape
+
+    def product(self, device: torch.device, scale: float = 1.0) -> Tensor:
+        return self.one.product(device, scale) + self.other.product(device, scale).reshape(self.shape)
+
+
+# ---- changes that depend on the base ----
+# They are counted from it, so that a scale goes in a straight line from the base (0) through the trained weight (1), as
+# in ComfyUI and A1111.
+
+
+@dataclass(frozen=True, eq=False)
+class General(Delta):
+    """GLoRA (Chavan et al. 2023, arXiv 2306.07967) as LyCORIS has it, without its biases: ratio * (W A + B)."""
+
+    inner: LowRank  # A: (I, I)
+    outer: LowRank  # B: (O, I) or (O, I, k, k)
+    ratio: float
+
+    @property
+    def shape(self) -> Shape:
+        inputs = self.outer.shape[1]
+        require(self.inner.shape[:2] == (inputs, inputs) and math.prod(self.inner.shape[2:]) == 1)
+        return self.outer.shape
+
+    def __call__(self, base: Tensor, scale: float) -> Tensor:
+        base = base.to(torch.float32)
+        up, down = (factor.flatten(1).to(base.device, torch.float32) for factor in (self.inner.up, self.inner.down))
+        turned = torch.einsum("oi...,ir,rj->oj...", base, up, down)
+        return scale * self.ratio * (turned + self.outer(base, 1.0))
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled(Delta):
+    """IA3 (Liu et al. 2022, arXiv 2205.05638): each output, or each input, times a trained factor."""
+
+    more: Tensor  # by how much a factor is above 1: (O, 1, ...); (1, I, 1, ...); of a bias (O,)
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.more.shape)
+
+    def fits(self, shape: Shape) -> bool:
+        sides = zip(self.shape, shape, strict=False)
+        return len(self.shape) == len(shape) and all(ours in (1, theirs) for ours, theirs in sides)
+
+    def __call__(self, base: Tensor, scale: float) -> Tensor:
+        return scale * self.more.to(base.device, torch.float32) * base
+
+
+@dataclass(frozen=True, eq=False)
+class Replaced(Delta):
+    """Another value in the place of the base's."""
+
+    values: Tensor
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.values.shape)
+
+    def __call__(self, base: Tensor, scale: float) -> Tensor:
+        return scale * (self.values.to(base.device, torch.float32).reshape(base.shape) - base)
+
+
+@dataclass(frozen=True, eq=False)
 class Decomposed(Delta):
     """DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5): the changed weight, its rows (or columns) given trained lengths.
 
-    What it adds is counted from the base, so that a scale goes in a straight line from the base (0) through the trained
-    weight (1), as in ComfyUI and A1111. In PEFT a scale acts inside of the norm: the same at 1, but at 0 not the base.
+    In PEFT a scale acts inside of the norm: the same at 1, but at 0 not the base.
     """
 
     inner: Plain
@@ -202,8 +277,10 @@ class LoRA:
     deltas: Mapping[str, Mapping[str, Delta]]
     revision: str | None = None
     habit: Habit | None = None
+    words: tuple[Inversion, ...] = ()  # textual inversions in the same file
 
 
-def _require(fits: bool) -> None:
+def require(fits: bool) -> None:
+    """Raises ValueError unless the tensors of a change go together."""
     if not fits:
         raise ValueError("has factors of shapes that do not go together")

@@ -1,52 +1,33 @@
-"""Adapter files -> deltas. diffusers, PEFT, kohya and LyCORIS each have their own names for the same matrices."""
+"""Adapter files -> what they change of a model. Every key is used, known to mean nothing here, or an error."""
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from calotype.errors import CalotypeWarning, CheckpointError
 from calotype.families import FAMILIES, SDXL, SSD1B
-from calotype.lora.deltas import Decomposed, Delta, Difference, Hadamard, Kronecker, LoRA, LowRank, Plain, Shape
-from calotype.lora.names import NETWORKS, Names, networks
+from calotype.lora.deltas import Delta, LoRA, Shape
+from calotype.lora.keys import layers_of, unsupported
+from calotype.lora.layers import Damaged, Place, deltas_of
+from calotype.lora.names import Names, networks, own_rows
+from calotype.lora.scaling import METADATA, PEFT_CONFIG, PEFT_FILE, Scaling, read_scalings
+from calotype.lora.words import is_of_word, read_words
 from calotype.parts import Parts
 from calotype.weights import source
 from calotype.weights.detect import looks_like
-from calotype.weights.fields import Fields
-from calotype.weights.files import is_finite, parse_json, read, read_json, shown
+from calotype.weights.files import is_finite, read, shown
 from calotype.weights.habits import habit_of
+from calotype.weights.names import BOOKKEEPING
 
-T = TypeVar("T")
+__all__ = ["DEFAULT_FILE", "METADATA", "load_lora", "made_for", "read_lora"]
 
 DEFAULT_FILE = "pytorch_lora_weights.safetensors"
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-METADATA = "lora_adapter_metadata"  # diffusers' entry in a file's header: the configs that PEFT trained with
-
-# How a key ends, and what its tensor is. In PEFT's own state the adapter's name stands behind `lora_A`.
-ENDINGS = tuple(
-    (re.compile(f"(.+?){ending}"), part)
-    for ending, part in (
-        (r"(?:\.lora_A(?:\.[\w-]+)?|\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)\.weight", "down"),
-        (r"(?:\.lora_B(?:\.[\w-]+)?|\.lora_up|[._]lora\.up|\.lora_linear_layer\.up)\.weight", "up"),
-        (r"\.lora_B(?:\.[\w-]+)?\.bias", "up_bias"),
-        (r"\.lora_mid\.weight", "mid"),
-        (r"\.lora_magnitude_vector(?:\.[\w-]+){0,2}", "row_lengths"),  # DoRA, of the outputs
-        (r"\.dora_scale", "lengths"),  # DoRA, of the outputs or of the inputs: its shape says which
-        (r"(?:_lora)?\.alpha", "alpha"),
-        (r"\.hada_(?P<part>w[12]_[ab]|t[12])", "hada_"),
-        (r"\.lokr_(?P<part>w[12](?:_[ab])?|t2)", "lokr_"),
-        (r"\.(?P<part>diff|diff_b|w_norm|b_norm)", ""),  # LyCORIS: the whole change of a weight or a bias
-    )
-)
 
 
 def load_lora(
@@ -59,19 +40,27 @@ def load_lora(
     path = source.resolve_file(
         ref, weight_name, preferred=(DEFAULT_FILE, PEFT_FILE), beside=(PEFT_CONFIG,), revision=revision, offline=offline
     )
-    return LoRA(str(ref), weight_name, read_lora(path, parts), revision, habit_of("lora", ref, path))
+    tensors = read([path])
+    deltas = _changes(path, tensors, parts)
+    return LoRA(str(ref), weight_name, deltas, revision, habit_of("lora", ref, path), read_words(path, tensors))
 
 
 def read_lora(path: Path, parts: Parts) -> dict[str, dict[str, Delta]]:
     """What an adapter's file changes: network -> parameter -> change. Raises UnsafeFileError, CheckpointError."""
-    tensors = read([path])
-    layers, strange = _layers(tensors)
+    return _changes(path, read([path]), parts)
+
+
+def _changes(path: Path, tensors: Mapping[str, Tensor], parts: Parts) -> dict[str, dict[str, Delta]]:
+    mine = [key for key in tensors if not is_of_word(key) and not BOOKKEEPING.fullmatch(key)]
+    if (known := unsupported(mine)) is not None:
+        raise CheckpointError(f"{path} is not supported: it is {known[0]} ({shown(known[1])})", KNOWN)
+    layers, strange = layers_of(mine)
     if not layers:
         held = looks_like({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         raise CheckpointError(f"{path} holds no adapter that can be read: it looks like {held}", KNOWN)
     modules = networks(parts)
     shapes = {
-        network: {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        network: {name: tuple(own_rows(module, name, own).shape) for name, own in module.named_parameters()}
         for network, module in modules.items()
     }
     names, scalings = Names.of(parts), read_scalings(path)
@@ -81,16 +70,19 @@ def read_lora(path: Path, parts: Parts) -> dict[str, dict[str, Delta]]:
     for name, layer in layers.items():
         target = names.find(name)
         if target is None:
-            (middle if _is_missing_middle(name, parts) else strange).append(name)
+            if not names.is_unused(name):
+                (middle if _is_missing_middle(name, parts) else strange).append(name)
             continue
         network, module = target
         ours = shapes[network]
+        scaling, shape, biased = scalings.get(network, Scaling()), ours[f"{module}.weight"], f"{module}.bias" in ours
         try:
             values = {part: tensors[key] for part, key in layer.items()}
-            deltas = _deltas(values, scalings.get(network, Scaling()), module, ours[f"{module}.weight"])
+            deltas = deltas_of(values, Place(name, module, shape, biased, scaling))
             made = {parameter: delta.shape for parameter, delta in deltas.items()}
         except ValueError as error:
-            raise CheckpointError(f"{path}: {shown(name)} {error}", KNOWN) from error
+            hint = DAMAGED if isinstance(error, Damaged) else KNOWN
+            raise CheckpointError(f"{path}: {shown(name)} {error}", hint) from error
         for parameter, delta in deltas.items():
             full = f"{module}.{parameter}"
             if full in found.get(network, {}):
@@ -135,190 +127,18 @@ def _spares_the_middle(names: Iterable[str]) -> bool:
     return "mid_block.resnets.0." in told and ".attentions." in told and "mid_block.attentions." not in told
 
 
-KNOWN = "known are LoRA, LoCon, LoHa, LoKr and DoRA as diffusers, PEFT, kohya's scripts and LyCORIS write them"
+KNOWN = (
+    "known are LoRA, LoCon, LoHa, LoKr, DoRA, GLoRA, IA3 and OFT as diffusers, PEFT, kohya's scripts, LyCORIS,"
+    " OneTrainer and ComfyUI write them"
+)
+DAMAGED = "the file is damaged: download or train it again"
 
 
 def _owned(delta: Delta, where: str) -> Delta:
     """A delta that does not depend on its file, which may well be written again while it is in use."""
     if not all(is_finite(tensor) for tensor in delta.tensors()):
-        raise CheckpointError(f"{where} has NaN or infinite values", "the file is damaged: download or train it again")
+        raise CheckpointError(f"{where} has NaN or infinite values", DAMAGED)
     return delta.map(lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
-
-
-# ---- keys ----
-
-
-def _layers(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """{module's name in the file: {part: key}}, and the keys that are no part of an adapter."""
-    layers: dict[str, dict[str, str]] = {}
-    strange = []
-    for key in keys:
-        match, part = next(((m, part) for pattern, part in ENDINGS if (m := pattern.fullmatch(key))), (None, ""))
-        if match is not None:
-            part += match.groupdict().get("part", "")
-            layer = layers.setdefault(match[1], {})
-        if match is None or part in layer:  # the latter: a second spelling of what is there already
-            strange.append(key)
-        else:
-            layer[part] = key
-    return layers, strange
-
-
-# ---- what it is multiplied by ----
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """What a network's adapter was trained with, where the file says it."""
-
-    alpha: float | None = None
-    rank: int | None = None
-    alphas: Mapping[str, float] = field(default_factory=dict)  # of modules whose name is this, or ends so
-    ranks: Mapping[str, float] = field(default_factory=dict)
-    stabilised: bool = False  # rsLoRA (arXiv 2312.03732): divided by the rank's root
-
-    def ratio(self, module: str, rank: int | None, alpha: float | None) -> float:
-        """What a product of rank `rank` (None: nothing in it is of low rank) is multiplied by; `alpha`: the layer's."""
-        if alpha is not None:
-            return 1.0 if rank is None else alpha / rank
-        if self.alpha is None:
-            return 1.0
-        rank_ = _of(module, self.ranks, self.rank) if rank is None else rank
-        if rank_ is None:
-            return 1.0
-        return _of(module, self.alphas, self.alpha) / (math.sqrt(rank_) if self.stabilised else rank_)
-
-
-def _of(module: str, patterns: Mapping[str, float], default: T) -> float | T:
-    """The value of the first pattern that a module's name ends with (that it is, behind "^"), as in PEFT."""
-    for pattern, value in patterns.items():
-        for name in (module, module.removeprefix("text_model.")):  # transformers 5 leaves that out
-            if name == pattern.removeprefix("^") or (pattern[0] != "^" and name.endswith(f".{pattern}")):
-                return value
-    return default
-
-
-def read_scalings(path: Path) -> dict[str, Scaling]:
-    """Each network's scaling, from the file's header (diffusers) or from adapter_config.json beside it (PEFT)."""
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(METADATA)
-    if text is not None:
-        where = f"{path}: {METADATA}"
-        raw = parse_json(text.encode(), where)
-    elif path.name == PEFT_FILE and (config := path.with_name(PEFT_CONFIG)).is_file():
-        where, raw = str(config), read_json(config)
-    else:
-        return {}
-    scalings = {}
-    for network in NETWORKS:
-        own = {key.removeprefix(f"{network}."): value for key, value in raw.items() if key.startswith(f"{network}.")}
-        if own or "peft_type" in raw:  # the latter is a single network's, whose name goes unsaid
-            scalings[network] = _scaling(own or raw, where)
-    return scalings
-
-
-def _scaling(raw: Mapping[str, Any], where: str) -> Scaling:
-    fields = Fields(raw, where)
-    if fields.given("init_lora_weights") and str(raw["init_lora_weights"]).startswith(RESIDUAL):
-        raise fields.refuse("init_lora_weights", "its base model was changed in training: convert it to a plain LoRA")
-    alpha = "lora_alpha" if fields.given("lora_alpha") else "alpha"  # the latter is LoHa's and LoKr's
-    return Scaling(
-        alpha=fields.number(alpha, 0.0, -1e6, 1e6) if fields.given(alpha) else None,
-        rank=fields.integer("r", 1, 1, 2**20) if fields.given("r") else None,
-        alphas=_patterns(fields, "alpha_pattern", -1e6),
-        ranks=_patterns(fields, "rank_pattern", 1),
-        stabilised=fields.flag("use_rslora", False),
-    )
-
-
-RESIDUAL = ("pissa", "olora", "corda", "loftq")  # they keep in the adapter what they take from the base
-
-
-def _patterns(fields: Fields, name: str, low: float) -> dict[str, float]:
-    """PEFT takes these names for regular expressions; a plain name is one as well, and nothing else is written."""
-    raw = fields.raw.get(name) or {}
-    if not isinstance(raw, dict) or not all(re.fullmatch(r"\^?[\w.-]+", pattern) for pattern in raw):
-        raise fields.refuse(name, "an object of modules' names and numbers is needed")
-    return {pattern: Fields(raw, f"{fields.where}: {name}").number(pattern, 1.0, low, 1e6) for pattern in raw}
-
-
-# ---- parts of a layer -> deltas ----
-
-
-def _deltas(layer: dict[str, Tensor], scaling: Scaling, module: str, shape: Shape) -> dict[str, Delta]:
-    """A layer's changes by parameter ("weight", "bias"). Raises ValueError, a phrase about the layer."""
-    left = dict(layer)  # each part is taken out of it when it is used
-    alpha = _number(left.pop("alpha")) if "alpha" in left else None
-
-    def ratio(rank: int | None) -> float:
-        if rank == 0:
-            raise ValueError("is of rank 0")
-        return scaling.ratio(module, rank, alpha)
-
-    lengths = _lengths(left, shape)
-    found: dict[str, Delta] = {}
-    rank = len(left["down"]) if "down" in left and left["down"].ndim else None
-    if (weight := _weight(left, ratio)) is not None:
-        found["weight"] = weight if lengths is None else Decomposed(weight, lengths)
-    for part, of in (("up_bias", ratio(rank)), ("diff_b", 1.0), ("b_norm", 1.0)):
-        if part in left:
-            found["bias"] = Difference(left.pop(part), of)
-    if left or not found:
-        raise ValueError(f"has {', '.join(left) or 'alpha'} without what belongs to it")
-    return found
-
-
-def _weight(left: dict[str, Tensor], ratio: Callable[[int | None], float]) -> Plain | None:
-    if "down" in left or "up" in left:
-        low = _low_rank(left, "up", "down", "mid")
-        return replace(low, ratio=ratio(len(low.down)))
-    if any(part.startswith("hada_") for part in left):
-        first, second = (_low_rank(left, f"hada_w{i}_a", f"hada_w{i}_b", f"hada_t{i}") for i in (1, 2))
-        return Hadamard(first, second, ratio(len(first.down)))
-    if any(part.startswith("lokr_") for part in left):
-        one, other = (
-            Difference(left.pop(f"lokr_w{i}"))
-            if f"lokr_w{i}" in left
-            else _low_rank(left, f"lokr_w{i}_a", f"lokr_w{i}_b", f"lokr_t{i}")
-            for i in (1, 2)
-        )
-        ranks = [len(side.down) for side in (one, other) if isinstance(side, LowRank)]
-        return Kronecker(one, other, ratio(ranks[-1] if ranks else None))
-    whole = next((part for part in ("diff", "w_norm") if part in left), None)
-    return None if whole is None else Difference(left.pop(whole))
-
-
-def _low_rank(left: dict[str, Tensor], up: str, down: str, mid: str) -> LowRank:
-    for part in (up, down):
-        if part not in left:
-            raise ValueError(f"has no {part}")
-        if left[part].ndim < 2:
-            raise ValueError(f"has a {part} of shape {list(left[part].shape)}")
-    a, b, middle = left.pop(up), left.pop(down), left.pop(mid, None)
-    if middle is not None and up != "up":  # LyCORIS has its own Tucker forms the other way round: (r, O)
-        a = a.transpose(0, 1)
-    return LowRank(b, a, mid=middle)
-
-
-def _lengths(left: dict[str, Tensor], shape: Shape) -> Tensor | None:
-    """DoRA's magnitudes, in a shape that goes with the weight's."""
-    ones = [1] * (len(shape) - 2)
-    if "row_lengths" in left:
-        lengths, rows = left.pop("row_lengths"), True  # (O,), or of a convolution (1, O, 1, 1)
-    elif "lengths" in left:
-        lengths = left.pop("lengths")  # (O, 1, ...) or (1, I, ...)
-        rows = lengths.ndim == 1 or len(lengths) == shape[0]
-    else:
-        return None
-    if lengths.numel() != shape[0 if rows else 1]:
-        raise ValueError(f"has {lengths.numel()} lengths for a weight of shape {list(shape)}")
-    return lengths.reshape(-1, 1, *ones) if rows else lengths.reshape(1, -1, *ones)
-
-
-def _number(tensor: Tensor) -> float:
-    if tensor.numel() != 1 or not math.isfinite(tensor.item()):
-        raise ValueError(f"has the alpha {shown(tensor.tolist())}")
-    return float(tensor.item())
 
 
 # ---- what it was made for ----
@@ -355,7 +175,12 @@ def _first(names: list[str]) -> str:
 
 def made_for(shapes: Mapping[str, Shape]) -> str | None:
     """The family that an adapter's keys and shapes speak of, if one."""
-    if any(re.search(r"(double|single)_(transformer_)?blocks|joint_blocks|^transformer\.", key) for key in shapes):
+    if any(key.startswith("lora_prior_") for key in shapes):
+        return "Stable Cascade, which is another architecture"
+    if any(
+        re.search(r"(double|single)_(transformer_)?blocks|joint_blocks|^(base_model\.model\.)?transformer\.", key)
+        for key in shapes
+    ):
         return "a diffusion transformer (Flux, SD 3 or the like), which is another architecture"
     widths = set()
     for key, shape in shapes.items():

@@ -22,12 +22,13 @@ def term(module: nn.Module, parameter: str, delta: Delta, base: Callable[[], Ten
     """
     like = module.get_parameter(parameter)
     trained = any(tensor.requires_grad for tensor in delta.tensors())
-    if isinstance(delta, LowRank) and (delta.mid is None or isinstance(module, nn.Conv2d)):
+    if isinstance(delta, LowRank) and isinstance(module, nn.Conv2d if delta.mid is not None else nn.Linear | nn.Conv2d):
         moved = delta if trained else delta.map(lambda tensor: tensor.to(like.device, like.dtype))
         return lambda x: _low_rank(module, moved, x)
     pristine = base().to(like.device, torch.float32)
     if trained:
-        return lambda x: _layer(module, parameter, delta(pristine, 1.0).to(x.dtype), x)
+        dtype = like.dtype if isinstance(module, nn.Embedding) else None  # the input there is whole numbers
+        return lambda x: _layer(module, parameter, delta(pristine, 1.0).to(x.dtype if dtype is None else dtype), x)
     change = delta(pristine, 1.0).to(like.dtype)
     return lambda x: _layer(module, parameter, change, x)
 
@@ -84,4 +85,6 @@ def _layer(module: nn.Module, parameter: str, value: Tensor, x: Tensor) -> Tenso
             return F.group_norm(x, module.num_groups, value, None, module.eps)
         case nn.LayerNorm():
             return F.layer_norm(x, module.normalized_shape, value, None, module.eps)
+        case nn.Embedding():  # words that were added have rows of their own behind these
+            return F.embedding(x, F.pad(value, (0, 0, 0, module.num_embeddings - len(value))))
     raise TypeError(f"no live change of a {type(module).__name__}")

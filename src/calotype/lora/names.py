@@ -6,33 +6,48 @@ take the names of the LDM code. So every spelling is looked up with `_` for dots
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
+from calotype.nn.clip import CLIPText
 from calotype.nn.unet import UNet
 from calotype.parts import Parts
 from calotype.weights.ldm import unet_table
 
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")
-ADAPTABLE = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
+ADAPTABLE = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
 KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 
-# What stands before a module's name -> its network; None: another prefix follows, or the network goes unsaid.
+# What stands before a module's name, with `_` for dots -> its network; None: what another program wraps it in.
 PREFIXES: dict[str, str | None] = {
     **{prefix: network for network, prefix in KOHYA_PREFIXES.items()},
     "lora_te_": "text_encoder",  # kohya's, of models with one text encoder
-    **{f"{network}.": network for network in NETWORKS},
-    "model.diffusion_model.": "unet",
-    "diffusion_model.": "unet",
-    "base_model.model.": None,  # PEFT's
-    "lycoris_": None,
-    "module.": None,  # distributed training's
+    "oft_unet_": "unet",  # kohya's, of OFT
+    **{f"{network}_": network for network in NETWORKS},
+    "text_encoder_1_": "text_encoder",
+    "diffusion_model_": "unet",  # LDM's and ComfyUI's
+    **{f"{head}clip_{letter}_": "text_encoder" for head in ("text_encoders_", "") for letter in "lh"},  # ComfyUI's
+    **{f"{head}clip_g_": "text_encoder_2" for head in ("text_encoders_", "")},
+    "cond_stage_model_": "text_encoder",  # LDM's
+    "conditioner_embedders_0_": "text_encoder",  # SGM's
+    "conditioner_embedders_1_": "text_encoder_2",
+    "model_": None,
+    "transformer_": None,
 }
+LONGEST_FIRST = sorted(PREFIXES, key=len, reverse=True)
+
+# What PEFT, LyCORIS, compilers, sharding and transformers put around a network or a block. No network here has a module
+# with such a name, so it may go wherever it stands. With `_` for dots, as kohya has it, `model` may be of `text_model`.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module", "lycoris", "processor")
+DOTTED_WRAPPERS = {*WRAPPERS, "base_model", "model", "transformer"}
+WRAPPED = re.compile(rf"(?:(?<=_)|^)(?:base_model_model|{'|'.join(WRAPPERS)})(?:_|$)")
 
 # CLIP's attention as diffusers once called it, and the motion modules' as AnimateDiff's authors do.
 CLIP_OLD = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+TOKENS = "text_model.embeddings.token_embedding.weight"
 MOTION = ".motion_modules."  # only the names of a U-Net's motion modules have it
 MOTION_OLD = {"attn1": "attention_blocks.0", "attn2": "attention_blocks.1"}
 
@@ -54,16 +69,38 @@ class Names:
 
     def find(self, path: str) -> tuple[str, str] | None:
         """(network, our name of the module) of a module's name in a file."""
-        for prefix, network in PREFIXES.items():
-            if path.startswith(prefix):
-                rest = path.removeprefix(prefix)
-                return self.find(rest) if network is None else self._look(network, rest)
-        return next((found for network in self.tables if (found := self._look(network, path))), None)
+        said, spelling = _parse(path)
+        networks = self.tables if said is None else [said]
+        for network in networks:
+            module = self.tables.get(network, {}).get(spelling)
+            if module is not None:
+                return network, module
+        return None
 
-    def _look(self, network: str, path: str) -> tuple[str, str] | None:
-        spelling = path.replace(".processor", "").replace(".", "_")
-        module = self.tables.get(network, {}).get(spelling)
-        return None if module is None else (network, module)
+    def is_unused(self, path: str) -> bool:
+        """Whether it is the projection of pooled text of a text encoder of ours that has none, for no part of the model
+        reads it.
+        """
+        network, spelling = _parse(path)
+        return network != "unet" and network in self.tables and spelling == "text_projection" and not self.find(path)
+
+
+def _parse(path: str) -> tuple[str | None, str]:
+    """A module's name in a file as its network, if that is said, and the rest without wrappers, with `_` for dots."""
+    spelling = "_".join(name for name in path.split(".") if name not in DOTTED_WRAPPERS)
+    spelling = WRAPPED.sub("", spelling).strip("_")
+    said: str | None = None
+    while (prefix := next((prefix for prefix in LONGEST_FIRST if spelling.startswith(prefix)), None)) is not None:
+        network = PREFIXES[prefix]
+        if said is not None and network not in (None, said):
+            return said, path  # two networks: it names nothing
+        said, spelling = network or said, spelling.removeprefix(prefix)
+    return said, spelling
+
+
+def own_rows(network: nn.Module, name: str, parameter: Tensor) -> Tensor:
+    """A parameter of a network as its files have it: without the rows of words that were added behind its tokens'."""
+    return parameter[: network.config.vocab_size] if name == TOKENS and isinstance(network, CLIPText) else parameter
 
 
 def ldm_names(unet: UNet) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from calotype.errors import CheckpointError, UsageError
 from calotype.lora.deltas import LoRA
 from calotype.lora.live import Scale, Term, hook, term
-from calotype.lora.names import MOTION, NETWORKS, networks
+from calotype.lora.names import MOTION, NETWORKS, networks, own_rows
 from calotype.parts import Parts
 from calotype.weights.files import is_finite, shown
 
@@ -52,17 +52,17 @@ class Stack:
         return dict(self._mix)
 
     def describe(self) -> list[dict[str, Any]]:
-        """The merged mix, as what it takes to make it again."""
+        """The merged mix, as what it takes to make it again; those that brought words are in it, if at a scale of 0."""
         return [
             {
                 "name": name,
                 "ref": lora.ref,
                 "weight_name": lora.weight_name,
                 "revision": lora.revision,
-                "scale": self._mix[name],
+                "scale": self._mix.get(name, 0.0),
             }
             for name, lora in self._loras.items()
-            if name in self._mix
+            if name in self._mix or lora.words
         ]
 
     def use(self, parts: Parts) -> None:
@@ -118,15 +118,16 @@ class Stack:
         written: list[Target] = []
         try:
             for target in changed:
-                pristine = self._pristine(target, parameters[target])
+                parameter = self._own(target, parameters[target])
+                pristine = self._pristine(target, parameter)
                 if target not in before:
-                    _check_untouched(target, parameters[target], pristine)
+                    _check_untouched(target, parameter, pristine)
                 written.append(target)
-                self._write(target, parameters[target], pristine, after.get(target, []))
+                self._write(target, parameter, pristine, after.get(target, []))
         except BaseException:
             for target in written:
-                pristine = self._pristine(target, parameters[target])
-                self._write(target, parameters[target], pristine, before.get(target, []))
+                parameter = self._own(target, parameters[target])
+                self._write(target, parameter, self._pristine(target, parameter), before.get(target, []))
             raise
         self._mix = dict(mix)
         self._current = {target: (parameters[target], shares) for target, shares in after.items()}
@@ -144,6 +145,10 @@ class Stack:
             for network, module in networks(self._parts).items()
             for name, parameter in module.named_parameters()
         }
+
+    def _own(self, target: Target, parameter: Tensor) -> Tensor:
+        network, name = target
+        return own_rows(networks(self._parts)[network], name, parameter)
 
     def _shares(self, mix: Mix) -> dict[Target, list[Share]]:
         """The adapters in a mix that change a parameter, in the order in which they were registered."""
@@ -221,7 +226,8 @@ class Stack:
                 path, _, last = parameter.rpartition(".")
                 module = modules[network].get_submodule(path)
                 scale = _scale_for(name, mix[name], network, parameter)
-                pristine = partial(self._pristine, (network, parameter), module.get_parameter(last))
+                target = network, parameter
+                pristine = partial(self._pristine, target, self._own(target, module.get_parameter(last)))
                 added = term(module, last, lora.deltas[network][parameter], pristine)
                 terms.setdefault((network, path), []).append((scale, added))
         return terms

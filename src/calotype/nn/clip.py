@@ -110,7 +110,8 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.positions, config.width)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]  # type: ignore[no-any-return]
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        return self.token_embedding(ids) + self.position_embedding(positions)  # type: ignore[no-any-return]
 
 
 class Encoder(nn.Module):

@@ -71,10 +71,11 @@ def read_inversion(path: Path, token: str | None = None) -> Inversion:
             f"{path} is not a textual inversion: it holds {shown(list(keys[:5]))}",
             "one has a single tensor, or clip_l and clip_g",
         )
-    return Inversion(_word(name if token is None else token), tuple(_rows(path, each) for each in vectors))
+    return Inversion(check_word(name if token is None else token), tuple(rows(path, each) for each in vectors))
 
 
-def _word(token: str) -> str:
+def check_word(token: str) -> str:
+    """The word, if it can be written in a prompt. Raises UsageError."""
     if not isinstance(token, str) or not token.isprintable() or token != token.strip() or not token:
         raise UsageError(f"the token {shown(token)} cannot be written in a prompt", "give another: token='<mine>'")
     if len(token) > MAX_TOKEN:
@@ -82,27 +83,24 @@ def _word(token: str) -> str:
     return token
 
 
-def _rows(path: Path, vectors: Tensor) -> Tensor:
-    """The vectors as (k, width) in float32."""
-    rows = vectors[None] if vectors.ndim == 1 else vectors
-    if rows.ndim != 2 or not rows.is_floating_point() or not 1 <= len(rows) <= MAX_VECTORS or not rows.shape[1]:
+def rows(where: Path | str, vectors: Tensor) -> Tensor:
+    """The vectors as (k, width) in float32. Raises CheckpointError."""
+    found = vectors[None] if vectors.ndim == 1 else vectors
+    if found.ndim != 2 or not found.is_floating_point() or not 1 <= len(found) <= MAX_VECTORS or not found.shape[1]:
         raise CheckpointError(
-            f"{path} holds {shown(list(vectors.shape))} of {str(vectors.dtype).removeprefix('torch.')}: a textual "
+            f"{where} holds {shown(list(vectors.shape))} of {str(vectors.dtype).removeprefix('torch.')}: a textual "
             f"inversion has 1 to {MAX_VECTORS} vectors"
         )
-    if not is_finite(rows):
-        raise CheckpointError(f"{path} holds numbers that are not finite")
-    return rows.float()
+    if not is_finite(found):
+        raise CheckpointError(f"{where} holds numbers that are not finite")
+    return found.float()
 
 
 # ---- in and out of a text encoder ----
 
 
-def add(text: TextEncoder, inversion: Inversion) -> None:
-    """Teaches the text encoder a word. All or nothing.
-
-    Raises CheckpointError where it was learnt by another family's encoder, UsageError for a word that is known already.
-    """
+def check_widths(text: TextEncoder, inversion: Inversion) -> None:
+    """Raises CheckpointError where a word was learnt by another family's encoder."""
     token, widths = inversion.token, tuple(model.config.width for model in text.models)
     if inversion.widths != widths:
         family = FAMILIES.get(inversion.widths, "another model")
@@ -111,11 +109,26 @@ def add(text: TextEncoder, inversion: Inversion) -> None:
             f"this model's text encoding has {_listed(widths)}",
             "take one that was made for this model's family",
         )
+
+
+def check(text: TextEncoder, inversion: Inversion) -> None:
+    """Raises what `add` would."""
+    check_widths(text, inversion)
+    token = inversion.token
     for tokenizer in text.tokenizers:
         if token.lower() in tokenizer.added:
             raise UsageError(f"the token {shown(token)} is added already", "remove it first, or give another token")
         if len(tokenizer.ids(token)) == 1:
             raise UsageError(f"the token {shown(token)} is a word that this model knows", f"try token='<{token}>'")
+
+
+def add(text: TextEncoder, inversion: Inversion) -> None:
+    """Teaches the text encoder a word. All or nothing.
+
+    Raises CheckpointError where it was learnt by another family's encoder, UsageError for a word that is known already.
+    """
+    check(text, inversion)
+    token = inversion.token
     for tokenizer, model, vectors in zip(text.tokenizers, text.models, inversion.vectors, strict=True):
         table = _table(model).weight.detach()
         tokenizer.added[token.lower()] = tuple(range(len(table), len(table) + len(vectors)))
@@ -128,11 +141,11 @@ def remove(text: TextEncoder, token: str) -> None:
     if word not in added(text):
         raise UsageError(f"the token {shown(token)} is not added: {', '.join(added(text)) or 'none'} is")
     for tokenizer, model in zip(text.tokenizers, text.models, strict=True):
-        rows, table = tokenizer.added.pop(word), _table(model).weight.detach()
-        _set_table(model, [table[: rows[0]], table[rows[-1] + 1 :]])
+        own, table = tokenizer.added.pop(word), _table(model).weight.detach()
+        _set_table(model, [table[: own[0]], table[own[-1] + 1 :]])
         for other, theirs in tokenizer.added.items():
-            if theirs[0] > rows[0]:  # what lay behind it moves up
-                tokenizer.added[other] = tuple(row - len(rows) for row in theirs)
+            if theirs[0] > own[0]:  # what lay behind it moves up
+                tokenizer.added[other] = tuple(row - len(own) for row in theirs)
 
 
 def added(text: TextEncoder) -> tuple[str, ...]:
@@ -147,7 +160,7 @@ def _table(model: CLIPText) -> nn.Embedding:
 def _set_table(model: CLIPText, pieces: list[Tensor]) -> None:
     table = _table(model)
     with torch.inference_mode(False):  # else it could never be trained again
-        table.weight = nn.Parameter(torch.cat(pieces), requires_grad=table.weight.requires_grad)
+        table.weight.data = torch.cat(pieces)  # the same parameter: an adapter may have changed it, and knows it
     table.num_embeddings = len(table.weight)
 
 

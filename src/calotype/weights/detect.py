@@ -13,7 +13,7 @@ SINGLE_FILE = "a single-file (LDM) checkpoint"
 TRANSFORMER = "a diffusion transformer, which is another architecture"
 # A name that only files of this sort have, or a part of it; the first match counts.
 SIGNS = (
-    ("lora", "a LoRA"),
+    *((sign, "a LoRA") for sign in ("lora", "lycoris_", "oft_unet_", ".hada_w1_", ".lokr_w", ".oft_", ".ia3_l")),
     ("controlnet_cond_embedding.", "a ControlNet"),
     ("control_model.", "a ControlNet"),
     ("input_hint_block.", "a ControlNet"),

@@ -26,6 +26,15 @@ IGNORABLE: dict[Kind, re.Pattern[str]] = {
     "clip": re.compile(r"(.*\.)?position_ids"),
 }
 
+# What training leaves in a file beside the weights, of a model or of an adapter: counts, the noise of each step, words
+# that were being learnt. Nothing here reads it.
+BOOKKEEPING = re.compile(
+    r"(global_|current_|num_|total_)?(step|epoch|iter|iteration|update)s?|iter_num|state"
+    r"|(log_)?sigmas|ddim_(sigmas|alphas|alphas_prev|sqrt_one_minus_alphas)(_for_original_num_steps)?"
+    r"|best_model_score|pytorch-lightning_version|embedding_manager\..*"
+    r"|_aux\..*"  # which makers of sliders append to LoRAs
+)
+
 # The VAE's attention before diffusers 0.15, as LDM's and later as an "AttentionBlock".
 VAE_ATTENTION = re.compile(
     r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn|to_q|to_k|to_v|to_out\.0)\.(weight|bias)"
