@@ -27,7 +27,7 @@ from calotype.precision import warn_of_emulation
 from calotype.prepare import prepare, seeds
 from calotype.request import Request, adapter_name
 from calotype.resolve import notes, resolve
-from calotype.schedule import NoiseSchedule
+from calotype.schedule import CONSISTENCY, NoiseSchedule
 from calotype.text import inversion
 from calotype.weights.control import load_control
 from calotype.weights.habits import habit_of
@@ -36,6 +36,10 @@ from calotype.weights.motion import beta_schedule_of, load_motion, read_motion, 
 
 __all__ = ["Engine", "Result", "Step", "load"]
 
+UNSAID = (
+    "the LoRA {!r} changes every layer, as few-step LoRAs do, and does not say how it is used: if it is one, say"
+    " sampler, steps and guidance, such as lcm, 4 and 1"
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -125,8 +129,16 @@ class Engine:
         return resolve(self.parts, request, self._habits(request))
 
     def notes(self, request: Request) -> list[str]:
-        """A line for each few-step model or adapter that decides something which the request leaves open."""
-        return notes(self.parts, request, self._habits(request))
+        """A line for each few-step model or adapter that decides something which the request leaves open, or that may
+        be one and does not say how it is used.
+        """
+        habits = self._habits(request)
+        asked = (request.sampler, request.steps, request.timesteps, request.guidance)
+        if habits or self.parts.defaults.sampler in CONSISTENCY or asked != (None,) * len(asked):
+            return notes(self.parts, request, habits)
+        loras = [name for name, scale in self._stack.mix.items() if scale > 0]
+        unsaid = [UNSAID.format(name) for name in loras if self._stack.loras[name].may_be_few_step]
+        return [*notes(self.parts, request, habits), *unsaid]
 
     def _habits(self, request: Request) -> dict[str, Habit]:
         """The few-step adapters that are in force, by what to call them, and how they like to be used."""

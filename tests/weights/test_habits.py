@@ -159,6 +159,31 @@ def test_an_lcm_lora_on_a_base_model_draws_in_four_steps_and_says_so(tiny_sd15: 
     assert engine.notes(Request("a fox")) == []
 
 
+def test_a_renamed_few_step_lora_is_asked_about(tiny_sd15: Path, tmp_path: Path) -> None:
+    """Its shape says that it may be one, and not which: LCM, TCD and others change the same layers."""
+    engine = calotype.load(tiny_sd15, device="cpu")
+    tensors = {}
+    for name, module in engine.parts.unet.named_modules():
+        if "block" in name and isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            rows, columns, *kernel = module.weight.shape
+            tensors[f"unet.{name}.lora_A.weight"] = torch.zeros(2, columns, *kernel)
+            tensors[f"unet.{name}.lora_B.weight"] = torch.zeros(rows, 2, *[1] * len(kernel))
+    few, style = tmp_path / "my-own.safetensors", tmp_path / "style.safetensors"
+    save_file(tensors, few)
+    save_file(tensors, style, {"ss_network_module": "networks.lora"})  # a LoCon by kohya's scripts
+    fewer = {key: tensor for key, tensor in tensors.items() if "time_emb_proj" not in key}
+    save_file(fewer, tmp_path / "fewer.safetensors")
+    for name in ("style", "fewer"):
+        engine.add_lora(tmp_path / f"{name}.safetensors")
+        assert engine.notes(Request("a fox")) == []
+    engine.add_lora(few)
+    (line,) = engine.notes(Request("a fox"))
+    assert line.startswith("the LoRA 'my-own' changes every layer, as few-step LoRAs do, and does not say how")
+    assert engine.notes(Request("a fox", steps=4)) == []
+    engine.set_loras({"my-own": 0.0})
+    assert engine.notes(Request("a fox")) == []
+
+
 def test_a_repository_in_the_cache_brings_its_habit(
     tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -278,6 +278,7 @@ class LoRA:
     revision: str | None = None
     habit: Habit | None = None
     words: tuple[Inversion, ...] = ()  # textual inversions in the same file
+    may_be_few_step: bool = False  # by its shape; but nothing says how it likes to be used
 
 
 def require(fits: bool) -> None:

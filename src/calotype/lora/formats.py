@@ -8,20 +8,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calotype.errors import CalotypeWarning, CheckpointError
 from calotype.families import FAMILIES, SDXL, SSD1B
-from calotype.lora.deltas import Delta, LoRA, Shape
+from calotype.lora.deltas import Delta, LoRA, LowRank, Shape
 from calotype.lora.keys import layers_of, unsupported
 from calotype.lora.layers import Damaged, Place, deltas_of
-from calotype.lora.names import Names, networks, own_rows
+from calotype.lora.names import MOTION, Names, networks, own_rows
 from calotype.lora.scaling import METADATA, PEFT_CONFIG, PEFT_FILE, Scaling, read_scalings
 from calotype.lora.words import is_of_word, read_words
 from calotype.parts import Parts
 from calotype.weights import source
 from calotype.weights.detect import looks_like
-from calotype.weights.files import is_finite, read, shown
+from calotype.weights.files import is_finite, metadata, read, shown
 from calotype.weights.habits import habit_of
 from calotype.weights.names import BOOKKEEPING
 
@@ -41,8 +41,9 @@ def load_lora(
         ref, weight_name, preferred=(DEFAULT_FILE, PEFT_FILE), beside=(PEFT_CONFIG,), revision=revision, offline=offline
     )
     tensors = read([path])
-    deltas = _changes(path, tensors, parts)
-    return LoRA(str(ref), weight_name, deltas, revision, habit_of("lora", ref, path), read_words(path, tensors))
+    deltas, habit = _changes(path, tensors, parts), habit_of("lora", ref, path)
+    unsaid = habit is None and _may_be_few_step(path, deltas, parts)
+    return LoRA(str(ref), weight_name, deltas, revision, habit, read_words(path, tensors), unsaid)
 
 
 def read_lora(path: Path, parts: Parts) -> dict[str, dict[str, Delta]]:
@@ -110,6 +111,21 @@ def _changes(path: Path, tensors: Mapping[str, Tensor], parts: Parts) -> dict[st
         network: {name: _owned(delta, f"{path}: {name}") for name, delta in deltas.items()}
         for network, deltas in found.items()
     }
+
+
+def _may_be_few_step(path: Path, deltas: Mapping[str, Mapping[str, Delta]], parts: Parts) -> bool:
+    """Whether it changes every layer of the U-Net's blocks at one rank, and no text encoder: so do all that came out of
+    the scripts that made the LCM-LoRAs. Ordinary ones that do come from kohya's scripts, which say so in the header.
+    """
+    layers = {
+        f"{name}.weight"
+        for name, module in parts.unet.named_modules()
+        if "block" in name and MOTION not in name and isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    changes = [delta for delta in deltas.get("unet", {}).values() if isinstance(delta, LowRank)]
+    whole = deltas.keys() == {"unet"} and deltas["unet"].keys() == layers
+    alike = len(changes) == len(layers) and len({len(delta.down) for delta in changes}) == 1
+    return whole and alike and not any(key.startswith("ss_") for key in metadata(path))
 
 
 def _is_missing_middle(name: str, parts: Parts) -> bool:
