@@ -74,9 +74,7 @@ def test_all_256_numbers_of_float8_are_read_as_what_they_are(dtype: torch.dtype,
 
 
 def test_flags_and_counts_are_read(tmp_path: Path) -> None:
-    saved = {
-        f"{dtype}": torch.tensor([1, 0]).to(dtype) for dtype in (torch.int16, torch.int8, torch.uint8, torch.bool)
-    }
+    saved = {f"{dtype}": torch.tensor([1, 0]).to(dtype) for dtype in (torch.int16, torch.int8, torch.uint8, torch.bool)}
     save_file(saved, tmp_path / "a.safetensors")
     found = read([tmp_path / "a.safetensors"])
     assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in saved.items())

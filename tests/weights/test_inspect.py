@@ -98,7 +98,7 @@ def test_a_single_file(tiny_sd15: Path, tmp_path: Path) -> None:
     assert report["problems"] == []
     (tmp_path / "x.safetensors").write_bytes(b"\xff" * 100)
     assert "claims a header" in inspect_model(tmp_path / "x.safetensors")["problems"][0]
-    (tmp_path / "x.ckpt").write_bytes(b"")
+    (tmp_path / "x.ckpt").write_bytes(b"\x80\x02")
     with pytest.raises(UnsafeFileError):
         inspect_model(tmp_path / "x.ckpt")
     with pytest.raises(ModelNotFoundError):

@@ -28,7 +28,7 @@ from calotype.text.encode import TextEncoder
 from calotype.weights import configs, source
 from calotype.weights.compare import check
 from calotype.weights.files import is_finite, read, read_json, shown
-from calotype.weights.folder import SCHEDULER, Folder, Model, check_variant, merged_header, weight_files
+from calotype.weights.folder import SCHEDULER, Folder, Model, check_pickles, check_variant, merged_header, weight_files
 from calotype.weights.names import Kind
 from calotype.weights.pipeline import defaults_of, repaired_schedule
 from calotype.weights.single_file import SingleFile
@@ -145,6 +145,7 @@ def _opened(
     folders = {name: owner.folder(name) for name, owner in owners.items() if isinstance(owner, Folder)}
     if isinstance(whole, Folder):
         folders = {name: whole.folder(name) for _, name in whole.pipeline().text_parts} | folders
+    check_pickles(folders, variant)
     check_variant(folders, variant)
     return whole, owners
 
