@@ -214,6 +214,7 @@ class Engine:
         network = load_control(
             ref,
             unet=self.parts.unet.config,
+            base=self.parts.stored["unet"],
             downscale=self.parts.vae.config.downscale,
             subfolder=subfolder,
             variant=variant,

@@ -14,6 +14,15 @@ KINDS: dict[str, Kind] = {
     "text_encoder_2": "text_encoder",
 }
 
+# What a training run saves among the weights: counts, noise levels that it computed, averages, its optimizer's state,
+# the words of a textual inversion that was learnt beside.
+BOOKKEEPING = re.compile(
+    r"(.*\.)?(epochs?|global_step|step|steps|iterations?|num_updates|lr|best_loss|num_batches_tracked)"
+    r"|ddim_(sigmas|alphas|alphas_prev|sqrt_one_minus_alphas|timesteps|sigmas_for_original_num_steps)"
+    r"|(model_ema|embedding_manager|optimizers?|optimizer_states|lr_schedulers?|callbacks|loops)\..*"
+    r"|model_ema_.*"
+)
+
 # Saved along with the weights, but not weights of the network.
 IGNORABLE: dict[Kind, re.Pattern[str]] = {
     "unet": re.compile(r"model_ema\..*"),
@@ -41,7 +50,7 @@ def canonical(kind: Kind, name: str, *, projection: bool = True) -> str | None:
 
     `projection` says whether the text encoder projects its pooled output; if not, a file's `text_projection` is unused.
     """
-    if IGNORABLE[kind].fullmatch(name):
+    if IGNORABLE[kind].fullmatch(name) or BOOKKEEPING.fullmatch(name):
         return None
     if kind == "text_encoder":
         if name == "text_projection.weight" and not projection:
