@@ -80,6 +80,11 @@ def check_class(raw: Mapping[str, Any], allowed: Sequence[str], where: str) -> s
     return name
 
 
+def names_class(raw: Mapping[str, Any]) -> bool:
+    """Whether a config says which class it is of."""
+    return raw.get("_class_name") is not None or raw.get("architectures") is not None
+
+
 # ---- U-Net ----
 
 
@@ -254,15 +259,17 @@ def tiny_vae_config(raw: Mapping[str, Any], where: str = "config.json") -> TinyV
         fields.only(name, *allowed)
     default = TinyVAEConfig()
 
-    def side(name: str, channels: Sequence[int], blocks: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        counts = fields.integers(f"num_{name}_blocks", blocks, 0, MAX_LAYERS, (1, MAX_LEVELS))
+    def side(
+        name: str, channels: Sequence[int], blocks: Sequence[int], levels: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        counts = fields.integers(f"num_{name}_blocks", blocks, 0, MAX_LAYERS, (levels, MAX_LEVELS))
         widths = fields.integers(f"{name}_block_out_channels", channels, 1, MAX_CHANNELS, (len(counts), len(counts)))
         if len(set(widths)) > 1:
             raise fields.refuse(f"{name}_block_out_channels", "one width for all levels is needed")
         return widths, counts
 
-    encoder_channels, encoder_blocks = side("encoder", default.encoder_channels, default.encoder_blocks)
-    decoder_channels, decoder_blocks = side("decoder", default.decoder_channels, default.decoder_blocks)
+    encoder_channels, encoder_blocks = side("encoder", default.encoder_channels, default.encoder_blocks, 0)
+    decoder_channels, decoder_blocks = side("decoder", default.decoder_channels, default.decoder_blocks, 1)
     return TinyVAEConfig(
         in_channels=fields.integer("in_channels", 3, 3, 3),
         out_channels=fields.integer("out_channels", 3, 3, 3),
@@ -286,8 +293,9 @@ def text_config(raw: Mapping[str, Any], where: str = "config.json") -> CLIPTextC
     """The config of a CLIP text encoder (or the text half of a whole CLIP's) as ours. Raises CheckpointError.
 
     Only CLIPTextModelWithProjection projects its pooled output; every CLIPTextModel's config has a projection_dim too.
+    A config that names no class is a CLIPTextModel's.
     """
-    kind = check_class(raw, TEXT_CLASSES, where)
+    kind = check_class(raw, TEXT_CLASSES, where) if names_class(raw) else "CLIPTextModel"
     if kind == "CLIPModel":
         nested = raw.get("text_config")
         if not isinstance(nested, dict):

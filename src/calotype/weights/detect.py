@@ -55,6 +55,9 @@ SIGNS: tuple[tuple[str, ...], ...] = (
     (r"edm_mean", "an EDM model (Playground 2.5), whose noise levels are other than Stable Diffusion's"),
     (r"edm_vpred\.", "an EDM model (CosXL), whose noise levels are other than Stable Diffusion's"),
     (r"input_blocks\.0\.0\.weight", SINGLE_FILE),
+    (r"(^|\.)(taesd_)?decoder\.3\.conv\.0\.weight$", "a tiny autoencoder (TAESD)"),
+    (r"^3\.conv\.0\.weight$", r"^0\.weight$", "the encoder of a tiny autoencoder (TAESD)"),
+    (r"^3\.conv\.0\.weight$", r"^1\.weight$", "the decoder of a tiny autoencoder (TAESD)"),
 )
 # Where a file has its U-Net, if LDM named it.
 UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
@@ -90,9 +93,9 @@ def sort_of(shapes: Shapes) -> str | None:
     return None
 
 
-def is_tiny(shapes: Shapes) -> bool:
+def is_tiny(shapes: Shapes, prefix: str = "") -> bool:
     """Whether an autoencoder is the tiny one."""
-    return any(name.startswith("decoder.layers.") for name in shapes)
+    return any(name.startswith(f"{prefix}decoder.layers.") for name in shapes)
 
 
 def unet_prefix(shapes: Shapes) -> str | None:
