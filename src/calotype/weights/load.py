@@ -163,8 +163,9 @@ def config_of(owner: Model, part: str) -> tuple[dict[str, Any], str]:
     """A part's config.json, and its place for messages. A text encoder's class may be in model_index.json alone."""
     name = f"{part}/config.json"
     raw = owner.json(name)
-    if part.startswith("text_encoder"):
-        raw = with_class(raw, owner.pipeline().classes.get(part))
+    if part.startswith("text_encoder") and owner.has("model_index.json"):
+        entry = owner.json("model_index.json").get(part)
+        raw = with_class(raw, entry[-1] if isinstance(entry, list) and entry else None)
     return raw, owner.where(name)
 
 

@@ -138,7 +138,7 @@ def _remark(part: str, entry: list[object]) -> str:
     return f"{name} is not supported" if how is None else f"{name}, load it by {how.format(part=part)}"
 
 
-def with_class(raw: dict[str, Any], name: str | None) -> dict[str, Any]:
+def with_class(raw: dict[str, Any], name: object) -> dict[str, Any]:
     """A text encoder's config with the class that model_index.json gives it, where it says none or does not project."""
     if name in CLASSES["text_encoder"] and (not names_class(raw) or name == PROJECTING) and "text_config" not in raw:
         return {**raw, "architectures": [name]}

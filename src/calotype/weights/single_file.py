@@ -339,8 +339,7 @@ def _places(path: Path) -> dict[str, tuple[Path, str]]:
     shapes = {name: info.shape for name, info in header(path).items()}
     if (side := taesd.side_of(shapes)) is not None:
         return taesd.pair(path, side)
-    own = {name: name for name in shapes} if sections(shapes) else unwrapped(shapes)
-    return {taesd.renamed(name): (path, theirs) for name, theirs in own.items()}
+    return {taesd.renamed(name): (path, theirs) for name, theirs in unwrapped(shapes).items()}
 
 
 def sections(shapes: Shapes) -> dict[str, Section]:
