@@ -26,6 +26,7 @@ MAX_CHANNELS, MAX_WIDTH = 8192, 16384
 MAX_SIDE = 4096
 MAX_PARAMETERS = 20e9
 
+MOTION_UNET = "UNetMotionModel"  # what AnimateDiff's pipelines save: a U-Net with motion modules between its layers
 DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # -> whether it has transformers
 UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
@@ -90,7 +91,8 @@ def names_class(raw: Mapping[str, Any]) -> bool:
 
 def unet_config(raw: Mapping[str, Any], where: str = "config.json") -> UNetConfig:
     """UNet2DConditionModel's config as ours; absent fields have diffusers' defaults. Raises CheckpointError."""
-    check_class(raw, ("UNet2DConditionModel",), where)
+    if check_class(raw, ("UNet2DConditionModel", MOTION_UNET), where) == MOTION_UNET:
+        raw = _without_motion(raw, where)
     fields = Fields(raw, where)
     for name, allowed in UNET_FIXED.items():
         fields.only(name, *allowed)
@@ -132,6 +134,19 @@ def unet_config(raw: Mapping[str, Any], where: str = "config.json") -> UNetConfi
     )
     _check_unet(fields, config, heads_field)
     return config
+
+
+def _without_motion(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The config of the U-Net that a UNetMotionModel was made of: its blocks without their motion modules."""
+    fields = Fields(raw, where)
+    fields.only("mid_block_layers", 1)
+    depths = raw.get("transformer_layers_per_block", 1)
+    fields.only("transformer_layers_per_mid_block", None, depths[-1] if isinstance(depths, list) and depths else depths)
+    plain = {**raw, "_class_name": "UNet2DConditionModel"}
+    for name in ("down_block_types", "up_block_types"):
+        if isinstance(raw.get(name), list):
+            plain[name] = [kind.replace("Motion", "2D") if isinstance(kind, str) else kind for kind in raw[name]]
+    return plain
 
 
 def _check_only_cross_attention(fields: Fields) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from calotype.errors import CalotypeWarning, CheckpointError, ModelNotFoundError
 from calotype.text.tokenizer import TABLES, Tokenizer, has_clip_tables
 from calotype.weights.compare import check
-from calotype.weights.configs import Config
+from calotype.weights.configs import MOTION_UNET, Config
 from calotype.weights.detect import Shapes
 from calotype.weights.files import (
     NUMBERED,
@@ -118,7 +118,7 @@ class Folder:
     def weights(self, part: str, config: Config, shapes: Shapes) -> Weights:
         folder = self.folder(part)
         paths = weight_files(folder, self._variant)
-        return check(KINDS[part], merged_header(paths), shapes, folder), read(paths)
+        return check(KINDS[part], part_header(folder, paths), shapes, folder), read(paths)
 
     def folder(self, part: str) -> Path:
         """Where a part is."""
@@ -210,4 +210,13 @@ def merged_header(paths: Sequence[Path]) -> dict[str, TensorInfo]:
         if twice := found.keys() & merged.keys():
             raise CheckpointError(f"{path} holds {shown(min(twice))}, which another file of the model holds too")
         merged |= found
+    return merged
+
+
+def part_header(folder: Path, paths: Sequence[Path]) -> dict[str, TensorInfo]:
+    """The headers of a part's files as one, without the motion modules that AnimateDiff's pipelines save in a U-Net."""
+    merged = merged_header(paths)
+    config = folder / "config.json"
+    if config.is_file() and read_json(config).get("_class_name") == MOTION_UNET:
+        return {name: info for name, info in merged.items() if ".motion_modules." not in name}
     return merged

@@ -18,7 +18,7 @@ from calotype.weights import load, source
 from calotype.weights.compare import check
 from calotype.weights.detect import kind_of, looks_like
 from calotype.weights.files import PICKLES, TensorInfo, header, is_finite, read, read_json, shown, unsafe
-from calotype.weights.folder import SCHEDULER, Folder, Model, available, merged_header, weight_files
+from calotype.weights.folder import SCHEDULER, Folder, Model, available, merged_header, part_header, weight_files
 from calotype.weights.names import KINDS, Kind
 from calotype.weights.pipeline import Pipeline, defaults_of, read_pipeline, with_class
 from calotype.weights.single_file import SingleFile, is_unused, sections
@@ -190,7 +190,7 @@ def _part_report(
         network = BUILDERS[kind](with_class(read_json(path), class_name), str(path))
     with _noting(problems):
         files = weight_files(folder, None)
-        infos = merged_header(files)
+        infos = part_header(folder, files)
         report = _sizes(files, infos) | {"variants": sorted(name for name in available(folder) if name is not None)}
         if network is not None:
             with _noting(problems):

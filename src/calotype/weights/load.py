@@ -29,7 +29,7 @@ from calotype.text.encode import TextEncoder
 from calotype.weights import configs, source, taesd
 from calotype.weights.compare import check
 from calotype.weights.files import is_finite, read, read_json, shown
-from calotype.weights.folder import SCHEDULER, Folder, Model, check_pickles, check_variant, merged_header, weight_files
+from calotype.weights.folder import SCHEDULER, Folder, Model, check_pickles, check_variant, part_header, weight_files
 from calotype.weights.names import Kind
 from calotype.weights.pipeline import defaults_of, repaired_schedule, with_class
 from calotype.weights.single_file import SingleFile
@@ -315,7 +315,7 @@ def _load(
 ) -> Network:
     """Gives a network on the meta device the weights of a folder."""
     paths = weight_files(folder, variant)
-    matched = check(kind, merged_header(paths), network_shapes(network), folder)
+    matched = check(kind, part_header(folder, paths), network_shapes(network), folder)
     return fill(network, matched, read(paths), folder, device, dtype)
 
 

@@ -13,7 +13,7 @@ from calotype.families import LCM_GUIDANCE, LCM_GUIDANCE_RANGE, LCM_STEPS, PLAIN
 from calotype.nn.unet import UNetConfig
 from calotype.parts import Defaults
 from calotype.schedule import CONSISTENCY, NoiseSchedule
-from calotype.weights.configs import TEXT_CLASSES, names_class
+from calotype.weights.configs import MOTION_UNET, TEXT_CLASSES, names_class
 from calotype.weights.fields import Fields
 from calotype.weights.files import read_json, shown
 
@@ -35,7 +35,7 @@ OTHERS = (
     (r"StableDiffusionXLRefiner", "SDXL's refiner is another model than SDXL"),
 )
 CLASSES: dict[str, Sequence[str]] = {
-    "unet": ("UNet2DConditionModel",),
+    "unet": ("UNet2DConditionModel", MOTION_UNET),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "text_encoder": TEXT_CLASSES,
     "text_encoder_2": TEXT_CLASSES,
