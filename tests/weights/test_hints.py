@@ -269,6 +269,7 @@ def test_other_hints_about_files(tiny_sd15: Path, tmp_path: Path, copy_of: Copy)
         (b"<!DOCTYPE html><html><head>", "is a web page"),
         (b"\n<html lang='en'>", "is a web page"),
         (b"GGUF\x03\x00\x00\x00", "is a GGUF file"),
+        (b"Entry not found", "is a text of 15 bytes, not a model: 'Entry not found'"),
     ],
 )
 def test_files_that_only_have_the_name(tiny_sd15: Path, copy_of: Copy, content: bytes, message: str) -> None:
@@ -281,6 +282,15 @@ def test_files_that_only_have_the_name(tiny_sd15: Path, copy_of: Copy, content: 
             load()
         assert not isinstance(e.value, UnsafeFileError)
         assert "convert" not in str(e.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"<!DOCTYPE html>", "a web page"), (b"Not Found", "a text of 9 bytes")]
+)
+def test_what_a_server_said_instead(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        header(tmp_path / "x.safetensors")
 
 
 def test_safetensors_under_another_name(tiny_sd15: Path, copy_of: Copy) -> None:

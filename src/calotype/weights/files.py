@@ -46,6 +46,7 @@ NUMBERED = re.compile(
     r"(?P<stem>[a-z_]+)(?:\.(?P<variant>[\w-]+))?-(?P<number>\d{5})-of-(?P<count>\d{5})(?:\.(?P<older>[\w-]+))?\.\w+"
 )
 MAX_SERIES = 1000  # files
+TEXT_LIMIT = 100_000  # bytes: more than what servers say in place of a file
 # Pickles that a training run leaves beside the weights.
 NO_WEIGHTS = re.compile(
     r"(optimizer|scheduler|scaler|sampler|training_args|rng_state|random_states|custom_checkpoint)(_\w+)?\.\w+"
@@ -207,6 +208,8 @@ def _not_safetensors(path: Path, prefix: bytes, length: int, size: int) -> Check
         return _lfs(str(path))
     if _starts_as_pickle(prefix):
         return unsafe(path)
+    if prefix and (other := _no_pickle(path, path)) is not None:
+        return other
     if len(prefix) < 8:
         return CheckpointError(f"{path} has {size} bytes; a safetensors file has at least 8", REFETCH)
     if length > HEADER_LIMIT:
@@ -230,7 +233,7 @@ def unsafe(path: Path | str) -> CheckpointError:
         if target.is_file():
             return UnsafeFileError(first, f"it was converted already, it seems: give {target}")
     elif path.name.startswith(STEMS):  # only under this name it is looked for
-        name, target = path.with_suffix(".bin"), path
+        name, target = path.with_name(f"{path.stem}-pickle.bin"), path
         remedy = f"rename it ({shlex.join(['mv', str(path), str(name)])}) and convert it once"
     return UnsafeFileError(
         first, f"if you trust it, {remedy}: {shlex.join(['calotype', 'convert', str(name), str(target)])}"
@@ -238,7 +241,7 @@ def unsafe(path: Path | str) -> CheckpointError:
 
 
 def _no_pickle(path: Path, target: Path) -> CheckpointError | None:
-    """What a file with a pickle's name is, if that is certain and it is none."""
+    """What a file is that is neither of what its name says, nor a pickle, if that is certain."""
     if not path.is_file():
         return None
     size = path.stat().st_size
@@ -254,9 +257,16 @@ def _no_pickle(path: Path, target: Path) -> CheckpointError | None:
         )
     if start.startswith(b"GGUF"):
         return CheckpointError(f"{path} is a GGUF file under another name, which is not read")
+    if (
+        size < TEXT_LIMIT
+        and start.isascii()
+        and (text := start.decode("ascii").strip()).replace("\n", " ").isprintable()
+    ):
+        return CheckpointError(f"{path} is a text of {size} bytes, not a model: {shown(text)}", REFETCH)
     if start[8:9] == b"{" and 2 <= int.from_bytes(start[:8], "little") <= min(HEADER_LIMIT, size - 8):
-        command = shlex.join(["mv", str(path), str(target)])
-        return CheckpointError(f"{path} is a safetensors file under a pickle's name", f"rename it: {command}")
+        rename = f"rename it: {shlex.join(['mv', str(path), str(target)])}"
+        hint = f"there is {target} beside it: give that" if target.is_file() else rename
+        return CheckpointError(f"{path} is a safetensors file under a pickle's name", hint)
     return None
 
 

@@ -25,14 +25,13 @@ PIPELINES = re.compile(
 )
 # Pipelines among these whose U-Net or autoencoder is of another kind, by what follows in the name -> what it is.
 OTHERS = (
-    (r"StableDiffusion3|StableDiffusion\w*(SD3|Flux)", "a diffusion transformer, which is another architecture"),
+    (r"StableDiffusion3", "a diffusion transformer, which is another architecture"),
     (r"StableDiffusion\w*Upscale", "its U-Net takes a small picture as well"),
     (r"StableDiffusion\w*Depth2Img", "its U-Net takes a map of depths as well"),
     (r"StableDiffusion\w*InstructPix2Pix", "its U-Net takes the latents of a picture as well"),
     (r"StableDiffusion\w*GLIGEN", "its U-Net takes places of things as well"),
     (r"StableDiffusion\w*LDM3D", "its autoencoder makes depths as well"),
     (r"StableDiffusion\w*ImageVariation", "its U-Net takes a picture's embedding instead of a text's"),
-    (r"StableDiffusionXLRefiner", "SDXL's refiner is another model than SDXL"),
 )
 CLASSES: dict[str, Sequence[str]] = {
     "unet": ("UNet2DConditionModel", MOTION_UNET),
