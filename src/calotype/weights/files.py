@@ -394,17 +394,25 @@ def shards(folder: Path, entry: str) -> list[Path]:
     return [folder / name for name in held]
 
 
-def _numbered(folder: Path, entry: str) -> list[Path]:
+def missing_files(folder: Path, entry: str) -> list[Path]:
+    """What lacks of a series of files, by the name of one of them."""
+    return [path for path in _series(folder, entry) if not path.is_file()]
+
+
+def _series(folder: Path, entry: str) -> list[Path]:
     """All files of a series, by the name of one of them; a file that is in none is its own series."""
     match = NUMBERED.fullmatch(entry)
     if match is None:
         return [folder / entry]
     begin, end = entry[: match.start("number")], entry[match.end("number") :]
-    series = [folder / f"{begin}{number:05}{end}" for number in range(1, min(int(match["count"]), MAX_SERIES) + 1)]
-    missing = [path for path in series if not path.is_file()]
-    if missing:
-        names = [path.name for path in folder.iterdir()]
-        for name in pickles(names):
+    return [folder / f"{begin}{number:05}{end}" for number in range(1, min(int(match["count"]), MAX_SERIES) + 1)]
+
+
+def _numbered(folder: Path, entry: str) -> list[Path]:
+    """A series of files, all of which must be there."""
+    series = _series(folder, entry)
+    if missing := missing_files(folder, entry) if len(series) > 1 else []:
+        for name in pickles([path.name for path in folder.iterdir()]):
             if _converted(Path(name)).name == missing[0].name:
                 raise unsafe(folder / name)
         listed = ", ".join(path.name for path in missing[:5])

@@ -20,6 +20,7 @@ from calotype.weights.files import (
     STEMS,
     TensorInfo,
     header,
+    missing_files,
     pickles,
     read,
     read_json,
@@ -155,7 +156,7 @@ def pickled(folder: Path, variant: str | None = None) -> list[Path]:
     """The pickles that hold a part's weights, or what is missing of them; none where .safetensors files have all."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     there = [entry for stem in STEMS for entry in variants(names, stem).values()]
-    if any(not NUMBERED.fullmatch(entry) for entry in there):
+    if any(not NUMBERED.fullmatch(entry) or not missing_files(folder, entry) for entry in there):
         return []
     left = pickles(names, STEMS, variant)
     return [folder / name for name in left if not there or NUMBERED.fullmatch(name)]
