@@ -62,6 +62,8 @@ def opened(tensors: Mapping[str, Tensor], where: Path) -> ControlFile:
     if (sort := sort_of(shapes)) in NAMED_REFUSALS:
         raise CheckpointError(f"{where} is {sort}, which is not supported", NAMED_REFUSALS[sort])
     names = {INNER.sub("", name): name for name in tensors}
+    if len(names) < len(tensors):  # two tensors would have one name
+        names = {name: name for name in tensors}
     places = [match["prefix"] for name in names if (match := PLACE.fullmatch(name))]
     if not places:
         return ControlFile(dict(tensors))

@@ -47,9 +47,8 @@ REQUIRED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # listed in model_index.json, not part of a picture
 # A part by such a name is one of the networks that draw, by another name or one more: no picture is right without it.
 NETWORKS = re.compile(r"(unet|vae|transformer|prior|decoder|text_encoder|tokenizer|image_n\w+)(_\w+)?")
-NO_NETWORKS = re.compile(
-    r"\w*(Processor|Extractor|Checker|Watermarker)\w*"
-)  # classes that change nothing that is drawn
+# Classes of parts that change nothing that is drawn.
+NO_NETWORKS = re.compile(r"\w*(Processor|Extractor|Checker|Watermarker)\w*")
 # Parts that are loaded into the model by themselves, by their classes -> how.
 ADDED = (
     (

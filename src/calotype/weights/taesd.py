@@ -91,7 +91,7 @@ def raw_config(shapes: Shapes, prefix: str = "") -> dict[str, Any] | None:
     first = shapes.get(f"{prefix}decoder.layers.0.weight", ())
     if len(first) != 4:
         return None
-    width = shapes.get(f"{prefix}encoder.layers.0.weight", (0,))[0]
+    width = next(iter(shapes.get(f"{prefix}encoder.layers.0.weight", ())), 0)
     raw: dict[str, Any] = {"_class_name": "AutoencoderTiny", "latent_channels": first[1]}
     raw["decoder_block_out_channels"] = [first[0]] * 4
     raw |= (
