@@ -247,6 +247,7 @@ class Engine:
         network = load_control(
             ref,
             unet=self.parts.unet.config,
+            base=self.parts.stored.get("unet"),
             downscale=self.parts.vae.config.downscale,
             subfolder=subfolder,
             variant=variant,

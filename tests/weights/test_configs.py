@@ -63,7 +63,7 @@ def test_a_unet_has_the_tensors_that_diffusers_writes(name: str, tmp_path: Path)
         warnings.simplefilter("ignore")
         write_unet(tmp_path, **TOPOLOGIES[name])
     network = load.unet_on_meta(tmp_path)
-    infos = load.merged_header(load.weight_files(tmp_path, None))
+    infos = load.part_header(tmp_path, load.weight_files(tmp_path, None))
     assert load.network_shapes(network) == {key: info.shape for key, info in infos.items()}
 
 
@@ -78,13 +78,13 @@ def test_a_unet_has_the_tensors_that_diffusers_writes(name: str, tmp_path: Path)
 )
 def test_a_vae_has_the_tensors_that_diffusers_writes(changes: dict[str, Any], tmp_path: Path) -> None:
     write_vae(tmp_path, **changes)
-    infos = load.merged_header(load.weight_files(tmp_path, None))
+    infos = load.part_header(tmp_path, load.weight_files(tmp_path, None))
     assert load.network_shapes(load.vae_on_meta(tmp_path)) == {key: info.shape for key, info in infos.items()}
 
 
 def test_a_tiny_vae_has_the_tensors_that_diffusers_writes(tmp_path: Path) -> None:
     write_tiny_vae(tmp_path)
-    infos = load.merged_header(load.weight_files(tmp_path, None))
+    infos = load.part_header(tmp_path, load.weight_files(tmp_path, None))
     assert load.network_shapes(load.vae_on_meta(tmp_path)) == {key: info.shape for key, info in infos.items()}
 
 

@@ -143,7 +143,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "header longer than the file": (struct.pack("<Q", 1000) + b"{}", "its header takes 1000 bytes, the file holds 2"),
     "header of exabytes": (b"\xff" * 8 + b"{}", "claims a header of 18,446,744,073,709,551,615 bytes"),
     "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS pointer"),
-    "web page": (b"<!DOCTYPE html><html>Not Found</html>", "claims a header"),
+    "web page": (b"<!DOCTYPE html><html>Not Found</html>", "is a web page"),
 }
 
 

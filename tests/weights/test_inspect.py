@@ -58,7 +58,7 @@ def test_every_fault_is_listed(tiny_sd15: Path, copy_of: Copy) -> None:
     problems = inspect_model(folder)["problems"]
     expected = (
         "1 unexpected (extra)", "1 tensors have NaN or infinite values, the first is 'conv_in.weight'",
-        "pickles beside the safetensors", "vae/" + WEIGHTS + " has 5 bytes", "text_encoder/config.json is missing",
+        "pickles beside the safetensors", "vae/" + WEIGHTS + " is a text of", "text_encoder/config.json is missing",
         "MagicScheduler", "tokenizer holds no tokenizer",
     )  # fmt: skip
     for phrase in expected:
@@ -98,7 +98,7 @@ def test_a_single_file(tiny_sd15: Path, tmp_path: Path) -> None:
     assert report["problems"] == []
     (tmp_path / "x.safetensors").write_bytes(b"\xff" * 100)
     assert "claims a header" in inspect_model(tmp_path / "x.safetensors")["problems"][0]
-    (tmp_path / "x.ckpt").write_bytes(b"")
+    (tmp_path / "x.ckpt").write_bytes(b"\x80\x02")
     with pytest.raises(UnsafeFileError):
         inspect_model(tmp_path / "x.ckpt")
     with pytest.raises(ModelNotFoundError):

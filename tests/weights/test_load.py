@@ -410,7 +410,7 @@ def test_lone_parts_are_refused_with_a_hint(tiny_sd15: Path, tmp_path: Path) -> 
     assert "vae=" in str(caught.value.hint)
     with pytest.raises(CheckpointError, match="holds no U-Net"):
         load_parts(tiny_sd15, unet=vae)
-    (tmp_path / "model.ckpt").write_bytes(b"")
+    (tmp_path / "model.ckpt").write_bytes(b"\x80\x02")
     with pytest.raises(UnsafeFileError):
         load_parts(tmp_path / "model.ckpt")
     with pytest.raises(CheckpointError, match="one part of a model only") as caught:

@@ -117,6 +117,29 @@ def test_the_authors_single_file(tmp_path: Path, mid: bool) -> None:
     same(adapter, weights)
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "state_dict.module.", "_orig_mod.", "unet."])
+def test_a_whole_unet_around_it(tmp_path: Path, prefix: str) -> None:
+    """As AnimateDiff's train.py saves one: what is the U-Net's is left out, a count of steps too."""
+    unet = {name: tensor.clone() for name, tensor in tiny_unet().state_dict().items()}
+    held = {f"{prefix}{name}": tensor for name, tensor in (authors(tensors()) | unet).items()}
+    path = tmp_path / "checkpoint.safetensors"
+    save_file(held | {"global_step": torch.tensor(100)}, path)
+    adapter = load_motion(path)
+    assert adapter.config == TINY
+    same(adapter, tensors())
+    assert read_motion(path).keys() - {"global_step"} == tensors().keys()
+    save_file(held | {f"{prefix}novelty.weight": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match=r"1 unexpected \(novelty\.weight\)"):
+        load_motion(path)
+    save_file({f"{prefix}{name}": t for name, t in (tensors() | {"conv_in.weight": torch.zeros(1)}).items()}, path)
+    with pytest.raises(CheckpointError, match=r"1 unexpected \(conv_in\.weight\)"):  # perhaps not the model's
+        load_motion(path)
+    pia = {f"{prefix}conv_in.weight": torch.zeros(32, 9, 3, 3)}
+    save_file(held | pia, path)
+    with pytest.raises(CheckpointError, match="brings another first layer"):
+        load_motion(path)
+
+
 def test_positions_that_a_file_leaves_out(tmp_path: Path) -> None:
     weights = {name: tensor for name, tensor in tensors().items() if not name.endswith(".pe")}
     adapter = load_motion(write(tmp_path / "a", weights), dtype=torch.float64)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from calotype.errors import CheckpointError
+from calotype.errors import CalotypeWarning, CheckpointError
 from calotype.families import CUSTOM, SD15, SDXL
 from calotype.nn.unet import UNetConfig
 from calotype.schedule import NoiseSchedule
+from calotype.weights.inspect import inspect_model
+from calotype.weights.load import load_parts
 from calotype.weights.pipeline import read_defaults, read_pipeline
+from checkpoints import write_unet
 
 INDEX: dict[str, Any] = {
     "_class_name": "StableDiffusionPipeline",
@@ -77,7 +81,17 @@ def test_sdxl_zeroes_an_empty_negative_prompt_unless_told_not_to(tmp_path: Path)
         ({"vae": "AutoencoderKL", "tokenizer": 3}, "lists no vae and no tokenizer"),
         ({"text_encoder": ["transformers", "T5EncoderModel"]}, "text_encoder is"),
         ({"transformer": ["diffusers", "SD3Transformer2DModel"]}, "transformer is .*known parts are"),
-        ({"controlnet": ["diffusers", "ControlNetModel"]}, "controlnet is"),
+        ({"unet_2": ["diffusers", "UNet2DConditionModel"]}, "unet_2 is .*known parts are"),
+        ({"_class_name": "StableDiffusion3Pipeline"}, "a diffusion transformer, which is another architecture"),
+        ({"_class_name": "StableDiffusionUpscalePipeline"}, "its U-Net takes a small picture as well"),
+        ({"_class_name": "StableDiffusionLatentUpscalePipeline"}, "its U-Net takes a small picture as well"),
+        ({"_class_name": "StableDiffusionDepth2ImgPipeline"}, "its U-Net takes a map of depths as well"),
+        ({"_class_name": "StableDiffusionXLInstructPix2PixPipeline"}, "takes the latents of a picture as well"),
+        ({"_class_name": "StableDiffusionGLIGENPipeline"}, "takes places of things as well"),
+        ({"_class_name": "StableDiffusionLDM3DPipeline"}, "makes depths as well"),
+        ({"_class_name": "StableUnCLIPPipeline"}, "_class_name is 'StableUnCLIPPipeline'"),
+        ({"_class_name": "StableVideoDiffusionPipeline"}, "supported here are StableDiffusion"),
+        ({"_class_name": "OnnxStableDiffusionPipeline"}, "supported here are StableDiffusion"),
         ({"tokenizer_2": ["transformers", "CLIPTokenizer"]}, "one of text_encoder_2 and tokenizer_2"),
     ],
 )
@@ -150,3 +164,79 @@ def test_defaults_of_a_model_folder_are_loaded(tiny_sd15: Path, copy_of: Callabl
     folder = write(copy_of(tiny_sd15), {"steps": 7, "width": 128}, "calotype.json")
     found = load_parts(folder).defaults
     assert (found.steps, found.width, found.height) == (7, 128, 64)
+
+
+# ---- what other pipelines save ----
+
+CONTROL = {"controlnet": ["diffusers", "ControlNetModel"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "unused"),
+    [
+        ({"_class_name": "StableDiffusionControlNetPipeline", **CONTROL}, {"controlnet"}),
+        ({"_class_name": "StableDiffusionXLControlNetUnionPipeline", "controlnet": [None, None]}, set()),
+        ({"_class_name": "StableDiffusionAdapterPipeline", "adapter": ["diffusers", "T2IAdapter"]}, {"adapter"}),
+        ({"_class_name": "AnimateDiffPipeline", "motion_adapter": ["diffusers", "MotionAdapter"]}, {"motion_adapter"}),
+        (
+            {"_class_name": "StableDiffusionPipelineSafe", "image_processor": ["transformers", "CLIPImageProcessor"]},
+            set(),
+        ),
+        ({"_class_name": "StableDiffusionKDiffusionPipeline"}, set()),
+        ({"_class_name": "StableDiffusionXLPAGImg2ImgPipeline"}, set()),
+        ({"_class_name": ["lpw_stable_diffusion", "StableDiffusionLongPromptWeightingPipeline"]}, set()),
+        ({"_class_name": "CLIPGuidedStableDiffusion", "clip_model": ["transformers", "CLIPModel"]}, {"clip_model"}),
+        (
+            {"_class_name": "StableDiffusionOfNextYearPipeline", "novelty": ["x.y", "Novelty"], "none": None},
+            {"novelty"},
+        ),
+    ],
+    ids=lambda value: str(value.get("_class_name")) if isinstance(value, dict) else "",
+)
+def test_any_pipeline_with_our_parts_is_read(changes: dict[str, Any], unused: set[str], tmp_path: Path) -> None:
+    pipeline = read_pipeline(write(tmp_path, INDEX | changes))
+    assert pipeline.unused.keys() == unused
+    assert set(pipeline.classes) == {"scheduler", "text_encoder", "tokenizer", "unet", "vae"}
+
+
+def test_what_is_not_used_is_named_with_what_loads_it(tiny_sd15: Path, copy_of: Callable[[Path], Path]) -> None:
+    folder = copy_of(tiny_sd15)
+    index = json.loads((folder / "model_index.json").read_text())
+    control = {"_class_name": "StableDiffusionControlNetPipeline", "controlnet": ["a.b", "MultiControlNetModel"]}
+    write(folder, index | control | {"novelty": ["x.y", "Novelty"]})
+    with pytest.warns(CalotypeWarning) as caught:
+        load_parts(folder)
+    assert [str(warning.message).removeprefix(f"{folder}: ") for warning in caught] == [
+        "controlnet is not used: MultiControlNetModel, load it by add_control(FOLDER, subfolder='controlnet')",
+        "novelty is not used: Novelty is not supported",
+    ]
+    report = inspect_model(folder)
+    assert report["problems"] == []
+    assert [entry.partition(" ")[0] for entry in report["not_used"]] == ["controlnet", "novelty"]
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"), [(5, "a map of depths"), (7, "a small picture"), (8, "the latents of a picture")]
+)
+def test_unets_with_other_inputs_are_named(
+    tiny_sd15: Path, copy_of: Callable[[Path], Path], channels: int, message: str
+) -> None:
+    folder = copy_of(tiny_sd15)
+    shutil.rmtree(folder / "unet")
+    write_unet(folder / "unet", in_channels=channels)
+    with pytest.raises(CheckpointError, match=f"the U-Net has {channels} channels in: beside the 4 .* takes {message}"):
+        load_parts(folder)
+
+
+@pytest.mark.parametrize("given", [None, "CLIPTextModel"])
+def test_a_text_encoder_takes_its_class_from_the_index(
+    tiny_sdxl: Path, copy_of: Callable[[Path], Path], given: str | None
+) -> None:
+    folder = copy_of(tiny_sdxl)
+    for part in ("text_encoder", "text_encoder_2"):
+        path = folder / part / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": given and [given]}))
+    parts = load_parts(folder)
+    assert [model.config.projection_dim is not None for model in parts.text.models] == [False, True]
+    assert inspect_model(folder)["problems"] == []
+    assert "text_projection.weight" in parts.text.models[1].state_dict()

@@ -393,7 +393,7 @@ def test_a_truncated_file_and_a_huge_header(single: Path, tmp_path: Path) -> Non
     (tmp_path / "huge.safetensors").write_bytes((10**8).to_bytes(8, "little") + bytes(100))
     with pytest.raises(CheckpointError, match=r"is truncated|claims a header"):
         load_parts(tmp_path / "huge.safetensors")
-    (tmp_path / "x.ckpt").write_bytes(b"")
+    (tmp_path / "x.ckpt").write_bytes(b"\x80\x02")
     with pytest.raises(UnsafeFileError):
         load_parts(tmp_path / "x.ckpt")
 

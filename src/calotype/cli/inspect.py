@@ -49,6 +49,9 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     for name, part in report.get("parts", {}).items():
         if name not in report:  # the scheduler has a row already
             yield row(name, ", ".join(part_facts(part)))
+    for name in ("not_used", "ignored"):
+        if name in report:
+            yield row(name.replace("_", " "), ", ".join(report[name][:20]))
     problems = report["problems"]
     yield row("problems", len(problems) if problems else "none")
     yield from (f"  - {problem}" for problem in problems)

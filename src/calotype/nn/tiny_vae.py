@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calotype.errors import UsageError
+
 
 @dataclass(frozen=True)
 class TinyVAEConfig:
@@ -22,7 +24,7 @@ class TinyVAEConfig:
     latent_channels: int = 4
     encoder_channels: tuple[int, ...] = (64, 64, 64, 64)
     decoder_channels: tuple[int, ...] = (64, 64, 64, 64)
-    encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)  # none: a decoder alone
     decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
@@ -92,16 +94,24 @@ class TinyDecoder(nn.Module):
 
 
 class AutoencoderTiny(nn.Module):
-    """Encoder and decoder; the latent is deterministic."""
+    """Encoder and decoder, or a decoder alone; the latent is deterministic."""
 
     def __init__(self, config: TinyVAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = TinyEncoder(config)
+        self.encoder = TinyEncoder(config) if config.encoder_blocks else None
         self.decoder = TinyDecoder(config)
 
     def encode(self, images: Tensor) -> tuple[Tensor, None]:
-        """Latents (B, latent_channels, h, w) of images (B, 3, H, W) in [-1, 1], and no variance."""
+        """Latents (B, latent_channels, h, w) of images (B, 3, H, W) in [-1, 1], and no variance.
+
+        Raises UsageError where there is no encoder.
+        """
+        if self.encoder is None:
+            raise UsageError(
+                "the tiny autoencoder was loaded without its encoder: it cannot read pictures",
+                "put the encoder's file beside the decoder's, or give another autoencoder with vae=",
+            )
         return self.encoder(images), None
 
     def decode(self, latents: Tensor) -> Tensor:

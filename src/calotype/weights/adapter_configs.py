@@ -27,7 +27,10 @@ def controlnet_config(raw: Mapping[str, Any], where: str = "config.json") -> Con
     """
     check_class(raw, ("ControlNetModel",), where)
     fields = Fields(raw, where)
-    fields.integer("conditioning_channels", 3, 3, 3)
+    if fields.integer("conditioning_channels", 3, 1, 64) != 3:
+        raise fields.refuse(
+            "conditioning_channels", "3 are needed, the colours of one picture: no mask, no second picture"
+        )
     encoder = {**raw, "_class_name": "UNet2DConditionModel", "up_block_types": None}
     depths = raw.get("transformer_layers_per_block")
     if isinstance(depths, list) and any(isinstance(depth, list) for depth in depths):
@@ -66,7 +69,7 @@ def raw_controlnet(shapes: Shapes) -> dict[str, Any]:
 
     Heads are 8 in Stable Diffusion 1.x, and 64 wide in those that have linear projections; colours are taken for RGB.
     """
-    hint, resnet = "controlnet_cond_embedding.", "down_blocks.{}.resnets.{}.conv1.weight"
+    resnet = "down_blocks.{}.resnets.{}.conv1.weight"
     projection, block = "attentions.{}.proj_in.weight", "attentions.{}.transformer_blocks.{}.norm1.weight"
     levels = range(_count(shapes, resnet.format("{}", 0)))
     layers = [_count(shapes, resnet.format(level, "{}")) for level in levels]
@@ -82,7 +85,6 @@ def raw_controlnet(shapes: Shapes) -> dict[str, Any]:
             ]
     linear = any(len(shape) == 2 for name, shape in shapes.items() if name.endswith("proj_in.weight"))
     contexts = [shape[-1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight") and shape]
-    below = range(_count(shapes, hint + "blocks.{}.weight") // 2)
     pooled = "add_embedding.linear_1.weight" in shapes
     return {
         "_class_name": "ControlNetModel",
@@ -98,10 +100,17 @@ def raw_controlnet(shapes: Shapes) -> dict[str, Any]:
         "addition_embed_type": "text_time" if pooled else None,
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": _side(shapes, "add_embedding.linear_1.weight", 1),
-        "conditioning_embedding_out_channels": [
-            _side(shapes, hint + "conv_in.weight", 0),
-            *(_side(shapes, f"{hint}blocks.{2 * i + 1}.weight", 0) for i in below),
-        ],
+        **raw_hint(shapes),
+    }
+
+
+def raw_hint(shapes: Shapes, hint: str = "controlnet_cond_embedding.") -> dict[str, Any]:
+    """Of ControlNetModel's config what is said of the picture that it reads."""
+    below = range(_count(shapes, hint + "blocks.{}.weight") // 2)
+    channels = [_side(shapes, f"{hint}blocks.{2 * i + 1}.weight", 0) for i in below]
+    return {
+        "conditioning_channels": _side(shapes, hint + "conv_in.weight", 1),
+        "conditioning_embedding_out_channels": [_side(shapes, hint + "conv_in.weight", 0), *channels],
     }
 
 

@@ -26,6 +26,7 @@ MAX_CHANNELS, MAX_WIDTH = 8192, 16384
 MAX_SIDE = 4096
 MAX_PARAMETERS = 20e9
 
+MOTION_UNET = "UNetMotionModel"  # what AnimateDiff's pipelines save: a U-Net with motion modules between its layers
 DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # -> whether it has transformers
 UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
@@ -80,12 +81,18 @@ def check_class(raw: Mapping[str, Any], allowed: Sequence[str], where: str) -> s
     return name
 
 
+def names_class(raw: Mapping[str, Any]) -> bool:
+    """Whether a config says which class it is of."""
+    return raw.get("_class_name") is not None or raw.get("architectures") is not None
+
+
 # ---- U-Net ----
 
 
 def unet_config(raw: Mapping[str, Any], where: str = "config.json") -> UNetConfig:
     """UNet2DConditionModel's config as ours; absent fields have diffusers' defaults. Raises CheckpointError."""
-    check_class(raw, ("UNet2DConditionModel",), where)
+    if check_class(raw, ("UNet2DConditionModel", MOTION_UNET), where) == MOTION_UNET:
+        raw = _without_motion(raw, where)
     fields = Fields(raw, where)
     for name, allowed in UNET_FIXED.items():
         fields.only(name, *allowed)
@@ -127,6 +134,19 @@ def unet_config(raw: Mapping[str, Any], where: str = "config.json") -> UNetConfi
     )
     _check_unet(fields, config, heads_field)
     return config
+
+
+def _without_motion(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The config of the U-Net that a UNetMotionModel was made of: its blocks without their motion modules."""
+    fields = Fields(raw, where)
+    fields.only("mid_block_layers", 1)
+    depths = raw.get("transformer_layers_per_block", 1)
+    fields.only("transformer_layers_per_mid_block", None, depths[-1] if isinstance(depths, list) and depths else depths)
+    plain = {**raw, "_class_name": "UNet2DConditionModel"}
+    for name in ("down_block_types", "up_block_types"):
+        if isinstance(raw.get(name), list):
+            plain[name] = [kind.replace("Motion", "2D") if isinstance(kind, str) else kind for kind in raw[name]]
+    return plain
 
 
 def _check_only_cross_attention(fields: Fields) -> None:
@@ -254,15 +274,17 @@ def tiny_vae_config(raw: Mapping[str, Any], where: str = "config.json") -> TinyV
         fields.only(name, *allowed)
     default = TinyVAEConfig()
 
-    def side(name: str, channels: Sequence[int], blocks: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        counts = fields.integers(f"num_{name}_blocks", blocks, 0, MAX_LAYERS, (1, MAX_LEVELS))
+    def side(
+        name: str, channels: Sequence[int], blocks: Sequence[int], levels: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        counts = fields.integers(f"num_{name}_blocks", blocks, 0, MAX_LAYERS, (levels, MAX_LEVELS))
         widths = fields.integers(f"{name}_block_out_channels", channels, 1, MAX_CHANNELS, (len(counts), len(counts)))
         if len(set(widths)) > 1:
             raise fields.refuse(f"{name}_block_out_channels", "one width for all levels is needed")
         return widths, counts
 
-    encoder_channels, encoder_blocks = side("encoder", default.encoder_channels, default.encoder_blocks)
-    decoder_channels, decoder_blocks = side("decoder", default.decoder_channels, default.decoder_blocks)
+    encoder_channels, encoder_blocks = side("encoder", default.encoder_channels, default.encoder_blocks, 0)
+    decoder_channels, decoder_blocks = side("decoder", default.decoder_channels, default.decoder_blocks, 1)
     return TinyVAEConfig(
         in_channels=fields.integer("in_channels", 3, 3, 3),
         out_channels=fields.integer("out_channels", 3, 3, 3),
@@ -286,8 +308,9 @@ def text_config(raw: Mapping[str, Any], where: str = "config.json") -> CLIPTextC
     """The config of a CLIP text encoder (or the text half of a whole CLIP's) as ours. Raises CheckpointError.
 
     Only CLIPTextModelWithProjection projects its pooled output; every CLIPTextModel's config has a projection_dim too.
+    A config that names no class is a CLIPTextModel's.
     """
-    kind = check_class(raw, TEXT_CLASSES, where)
+    kind = check_class(raw, TEXT_CLASSES, where) if names_class(raw) else "CLIPTextModel"
     if kind == "CLIPModel":
         nested = raw.get("text_config")
         if not isinstance(nested, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,12 +13,27 @@ from calotype.families import CUSTOM, SD15, SD21, family_of, recognise
 from calotype.nn.controlnet import ControlNet, ControlNetConfig
 from calotype.nn.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from calotype.nn.unet import UNetConfig, skip_channels
+from calotype.parts import Stored
 from calotype.weights import source
-from calotype.weights.adapter_configs import controlnet_config, raw_controlnet, raw_t2i_adapter, t2i_adapter_config
+from calotype.weights.adapter_configs import (
+    controlnet_config,
+    raw_controlnet,
+    raw_hint,
+    raw_t2i_adapter,
+    t2i_adapter_config,
+)
 from calotype.weights.compare import check
 from calotype.weights.configs import check_class
-from calotype.weights.detect import Shapes, looks_like
-from calotype.weights.files import DTYPES, PICKLES, TensorInfo, read, read_json, shown, unsafe
+from calotype.weights.control_files import (
+    ControlFile,
+    base_weights,
+    opened,
+    pools,
+    whole_of_difference,
+    whole_of_low_rank,
+)
+from calotype.weights.detect import looks_like
+from calotype.weights.files import DTYPES, STEMS, TensorInfo, read, read_json, shown
 from calotype.weights.folder import check_variant, merged_header, weight_files
 from calotype.weights.ldm import control_names
 from calotype.weights.load import CPU, fill, network_shapes, on_meta
@@ -29,14 +43,12 @@ ControlConfig = ControlNetConfig | T2IAdapterConfig
 
 CLASSES = ("ControlNetModel", "T2IAdapter")
 
-LDM_PREFIX = "control_model."
-TENCENT = re.compile(r"body\.(\d{1,3})\.(.+)")  # how the authors of T2I-Adapter call most of its tensors
-
 
 def load_control(
     ref: str | Path,
     *,
     unet: UNetConfig | None = None,
+    base: Stored | None = None,
     downscale: int = 8,
     subfolder: str | None = None,
     variant: str | None = None,
@@ -47,6 +59,8 @@ def load_control(
 ) -> ControlNetwork:
     """A ControlNet or a T2I-Adapter, whichever it is; with `unet`, only one that fits (see `check_control`).
 
+    `base` reads the U-Net's weights, which Control-LoRAs and differences are completed from.
+
     `ref` is a folder with config.json, a Hub id "org/name[@revision]", or a .safetensors file; `subfolder` says where
     in a folder or repository it is. Raises ModelNotFoundError, CheckpointError.
     """
@@ -54,20 +68,29 @@ def load_control(
     path = source.resolve(
         ref, subfolder=subfolder, revision=revision, variant=variant, offline=offline, without=source.FOLDERS
     )
-    if path.is_file():
-        if path.name.endswith(PICKLES):
-            raise unsafe(path)
+    if path.is_file() and not _has_config(path):
         tensors = read([path])
-        return control_from_tensors(tensors, path, unet=unet, downscale=downscale, device=device, dtype=dtype)
-    config = _config(path)
+        return control_from_tensors(
+            tensors, path, unet=unet, base=base, downscale=downscale, device=device, dtype=dtype
+        )
+    folder = path.parent if path.is_file() else path
+    config = _config(folder)
     if unet is not None:
         check_control(config, unet, downscale)
     network = control_on_meta(config)
-    check_variant({"the control": path}, variant)
-    paths = weight_files(path, variant)
+    if path.is_file():
+        paths = [path]
+    else:
+        check_variant({"the control": path}, variant)
+        paths = weight_files(path, variant)
     # The names are a U-Net's and a few more, so they need no further translation than a U-Net's do.
     matched = check("unet", merged_header(paths), network_shapes(network), path)
     return fill(network, matched, read(paths), path, device, dtype)
+
+
+def _has_config(file: Path) -> bool:
+    """Whether a file is the weights of a control's folder, whose config.json says more than its tensors."""
+    return file.name.startswith(STEMS[0]) and _is_control(file.with_name("config.json"))
 
 
 def control_from_tensors(
@@ -75,6 +98,7 @@ def control_from_tensors(
     where: Path,
     *,
     unet: UNetConfig | None = None,
+    base: Stored | None = None,
     downscale: int = 8,
     device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,
@@ -83,44 +107,32 @@ def control_from_tensors(
 
     `where` they are from is for messages. Raises CheckpointError.
     """
-    tensors = _renamed(tensors)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    config = _config_of(shapes, where)
+    file = opened(tensors, where)
+    if file.is_low_rank:
+        what = "a Control-LoRA"
+        unet, weights = base_weights(base, unet, what, where)
+        config: ControlConfig = _low_rank_config(file, unet, where)
+    else:
+        what = "a ControlNet as a difference"
+        config = _config_of(file, where)
     if unet is not None:
         check_control(config, unet, downscale)
     network = control_on_meta(config)
+    shapes, whole = network_shapes(network), file.tensors
+    if file.is_low_rank:
+        assert isinstance(config, ControlNetConfig)
+        whole = whole_of_low_rank(whole, weights, config, shapes, where)
+    elif file.is_difference:
+        whole = whole_of_difference(whole, base_weights(base, unet, what, where)[1])
     spelling = {known: name for name, known in DTYPES.items()}
-    infos = {name: TensorInfo(spelling[tensor.dtype], shapes[name], 0, 0) for name, tensor in tensors.items()}
-    return fill(network, check("unet", infos, network_shapes(network), where), tensors, where, device, dtype)
+    infos = {name: TensorInfo(spelling[tensor.dtype], tuple(tensor.shape), 0, 0) for name, tensor in whole.items()}
+    return fill(network, check("unet", infos, shapes, where), whole, where, device, dtype)
 
 
 def control_on_meta(config: ControlConfig) -> ControlNetwork:
     """The network that a config describes, without weights."""
     with on_meta():
         return ControlNet(config) if isinstance(config, ControlNetConfig) else T2IAdapter(config)
-
-
-def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under diffusers' names."""
-    if any("input_hint_block." in name for name in tensors):
-        # The first ControlNets came with the whole model that they are for: what is not theirs is left out.
-        prefix = LDM_PREFIX if any(name.startswith(LDM_PREFIX) for name in tensors) else ""
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        names = control_names(own)
-        return {names.get(name, name): tensor for name, tensor in own.items()}
-    if any(TENCENT.fullmatch(name) for name in tensors):
-        light = any(name.startswith("body.0.body.") for name in tensors)
-        return {f"adapter.{_from_tencent(name, light)}": tensor for name, tensor in tensors.items()}
-    return dict(tensors)
-
-
-def _from_tencent(name: str, light: bool) -> str:
-    """A light adapter's levels have a body of their own; a full one counts its residual blocks through, two a level."""
-    match = TENCENT.fullmatch(name)
-    if match is None or light:
-        return name.replace(".body.", ".resnets.")
-    number, rest = int(match[1]), match[2]
-    return f"body.{number // 2}.{f'resnets.{number % 2}.' if rest.startswith('block') else ''}{rest}"
 
 
 # ---- which network ----
@@ -157,10 +169,11 @@ def _is_control(path: Path) -> bool:
         return False
 
 
-def _config_of(shapes: Shapes, where: Path) -> ControlConfig:
+def _config_of(file: ControlFile, where: Path) -> ControlConfig:
     """The config of a network by its tensors' names and shapes."""
+    shapes = file.shapes
     if any(name.startswith("controlnet_cond_embedding.") for name in shapes):
-        return controlnet_config(raw_controlnet(shapes), str(where))
+        return controlnet_config(raw_controlnet(shapes) | {"global_pool_conditions": pools(where)}, str(where))
     if any(name.startswith("adapter.body.") for name in shapes):
         return t2i_adapter_config(raw_t2i_adapter(shapes), str(where))
     first = ", ".join(shown(name) for name in list(shapes)[:3])
@@ -168,6 +181,17 @@ def _config_of(shapes: Shapes, where: Path) -> ControlConfig:
         f"{where} is neither a ControlNet nor a T2I-Adapter: it looks like {looks_like(shapes)}",
         f"its first tensors are {first}" if shapes else "the file is empty",
     )
+
+
+def _low_rank_config(file: ControlFile, unet: UNetConfig, where: Path) -> ControlNetConfig:
+    """A Control-LoRA's config: the U-Net's, and of its own what reads the picture."""
+    hints = {name: shape for name, shape in file.shapes.items() if name.startswith("input_hint_block.")}
+    ours = control_names(hints)
+    hint = raw_hint({ours.get(name, name): shape for name, shape in hints.items()})
+    read_by = controlnet_config({"_class_name": "ControlNetModel", **hint}, f"{where} (a Control-LoRA)")
+    own = file.shapes.get("input_blocks.0.0.weight", ())
+    kept = {**vars(unet), "guidance_dim": None, "in_channels": own[1] if len(own) > 1 else unet.in_channels}
+    return ControlNetConfig(**kept, hint_channels=read_by.hint_channels, global_pool=pools(where))
 
 
 # ---- which family ----

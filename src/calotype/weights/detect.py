@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from calotype.families import CUSTOM, Family, recognise
@@ -11,23 +12,52 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 SINGLE_FILE = "a single-file (LDM) checkpoint"
 TRANSFORMER = "a diffusion transformer, which is another architecture"
-# A name that only files of this sort have, or a part of it; the first match counts.
-SIGNS = (
-    *((sign, "a LoRA") for sign in ("lora", "lycoris_", "oft_unet_", ".hada_w1_", ".lokr_w", ".oft_", ".ia3_l")),
-    ("controlnet_cond_embedding.", "a ControlNet"),
-    ("control_model.", "a ControlNet"),
-    ("input_hint_block.", "a ControlNet"),
-    ("motion_modules.", "a motion module"),
-    ("adapter.body.", "a T2I-Adapter"),
-    ("joint_blocks.", TRANSFORMER),  # Stable Diffusion 3
-    ("double_blocks.", TRANSFORMER),  # Flux, HunyuanVideo
-    ("double_layers.", TRANSFORMER),  # AuraFlow
-    ("transformer_blocks.0.attn.norm_added_k", TRANSFORMER),
-    ("adaln_single.", TRANSFORMER),  # PixArt, LTX
-    (".channelwise.", "a model of Stable Cascade, which is another architecture"),
-    ("edm_mean", "an EDM model (Playground 2.5), whose noise levels are other than Stable Diffusion's"),
-    ("edm_vpred.", "an EDM model (CosXL), whose noise levels are other than Stable Diffusion's"),
-    ("input_blocks.0.0.weight", SINGLE_FILE),
+UNION = "a ControlNet Union (ControlNet++), which takes pictures of several kinds at once"
+CONTROL_TRANSFORMER = "a ControlNet for a diffusion transformer (Stable Diffusion 3, Flux)"
+CONTROL_XS, SPARSE, LLLITE = "a ControlNet-XS", "a SparseCtrl, a ControlNet for clips", "a ControlNet-LLLite"
+STYLE, FUSER, IP_ADAPTER = "a T2I style adapter", "a CoAdapter fuser", "an IP-Adapter"
+# What is given as a control and is none that is known here -> what there is instead.
+SINGLE_KIND = "use a ControlNet for one kind of picture"
+NAMED_REFUSALS = {
+    UNION: SINGLE_KIND,
+    CONTROL_TRANSFORMER: "use one for Stable Diffusion 1.x, 2.x or SDXL",
+    CONTROL_XS: SINGLE_KIND,
+    SPARSE: "use an ordinary ControlNet: it acts on every frame",
+    LLLITE: SINGLE_KIND,
+    STYLE: "use an ordinary T2I-Adapter",
+    FUSER: "use the T2I-Adapters without it",
+    IP_ADAPTER: "image prompts are not read; image= begins from a picture",
+}
+# Patterns that are found in names of files of this sort only, each in one name at least; the first match counts.
+SIGNS: tuple[tuple[str, ...], ...] = (
+    (r"(^|\.)ip_adapter\.\d|\.to_[kv]_ip\.", IP_ADAPTER),
+    (r"^lllite_", LLLITE),
+    (r"(^|\.)spatial_feat_mapping\.", FUSER),
+    (r"(^|\.)style_embedding$", STYLE),
+    (r"(^|\.)(task_embedding$|control_add_embedding\.)", UNION),
+    (r"(^|\.)(control_to_base_for_conv_in|(base_to_ctrl|ctrl_to_base)|enc_zero_convs_(in|out))\.", CONTROL_XS),
+    (r"(^|\.)controlnet_(blocks|single_blocks|x_embedder)\.", CONTROL_TRANSFORMER),
+    (r"(^|\.)(controlnet_cond_embedding|input_hint_block)\.", r"\.motion_modules\.", SPARSE),
+    (r"(^|\.)lora_controlnet$", "a Control-LoRA"),
+    (r"(^|\.)input_hint_block\.", r"(^|\.)(input_blocks|middle_block)\..*\.up$", "a Control-LoRA"),
+    (r"(^|\.)input_hint_block\.", r"(^|\.)difference$", "a ControlNet as a difference from its model's U-Net"),
+    (r"controlnet_cond_embedding\.", r"(^|\.)difference$", "a ControlNet as a difference from its model's U-Net"),
+    (r"lora|^lycoris_|oft_unet_|\.hada_w1_|\.lokr_w|\.oft_|\.ia3_l", "a LoRA"),
+    (r"controlnet_cond_embedding\.|control_model\.|input_hint_block\.", "a ControlNet"),
+    (r"motion_modules\.", "a motion module"),
+    (r"adapter\.body\.|(^|\.)body\.0\.(in_conv|block1|resnets\.0\.block1)\.", "a T2I-Adapter"),
+    (r"joint_blocks\.", TRANSFORMER),  # Stable Diffusion 3
+    (r"double_blocks\.", TRANSFORMER),  # Flux, HunyuanVideo
+    (r"double_layers\.", TRANSFORMER),  # AuraFlow
+    (r"transformer_blocks\.0\.attn\.norm_added_k", TRANSFORMER),
+    (r"adaln_single\.", TRANSFORMER),  # PixArt, LTX
+    (r"\.channelwise\.", "a model of Stable Cascade, which is another architecture"),
+    (r"edm_mean", "an EDM model (Playground 2.5), whose noise levels are other than Stable Diffusion's"),
+    (r"edm_vpred\.", "an EDM model (CosXL), whose noise levels are other than Stable Diffusion's"),
+    (r"input_blocks\.0\.0\.weight", SINGLE_FILE),
+    (r"(^|\.)(taesd_)?decoder\.3\.conv\.0\.weight$", "a tiny autoencoder (TAESD)"),
+    (r"^3\.conv\.0\.weight$", r"^0\.weight$", "the encoder of a tiny autoencoder (TAESD)"),
+    (r"^3\.conv\.0\.weight$", r"^1\.weight$", "the decoder of a tiny autoencoder (TAESD)"),
 )
 # Where a file has its U-Net, if LDM named it.
 UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
@@ -57,12 +87,15 @@ def kind_of(shapes: Shapes) -> Kind | None:
 
 def sort_of(shapes: Shapes) -> str | None:
     """What a file is that is none of a pipeline's networks."""
-    return next((sort for sign, sort in SIGNS if any(sign in name for name in shapes)), None)
+    for *signs, sort in SIGNS:
+        if all(any(re.search(sign, name) for name in shapes) for sign in signs):
+            return sort
+    return None
 
 
-def is_tiny(shapes: Shapes) -> bool:
+def is_tiny(shapes: Shapes, prefix: str = "") -> bool:
     """Whether an autoencoder is the tiny one."""
-    return any(name.startswith("decoder.layers.") for name in shapes)
+    return any(name.startswith(f"{prefix}decoder.layers.") for name in shapes)
 
 
 def unet_prefix(shapes: Shapes) -> str | None:

@@ -40,6 +40,17 @@ DTYPES = {
 }
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 STEMS = ("diffusion_pytorch_model", "model")  # how diffusers and transformers name weights
+OLD_STEM = "pytorch_model"  # how transformers names pickles, which it calls "model" in safetensors
+# One file of several: the variant stands before the numbers, in older repositories behind them.
+NUMBERED = re.compile(
+    r"(?P<stem>[a-z_]+)(?:\.(?P<variant>[\w-]+))?-(?P<number>\d{5})-of-(?P<count>\d{5})(?:\.(?P<older>[\w-]+))?\.\w+"
+)
+MAX_SERIES = 1000  # files
+TEXT_LIMIT = 100_000  # bytes: more than what servers say in place of a file
+# Pickles that a training run leaves beside the weights.
+NO_WEIGHTS = re.compile(
+    r"(optimizer|scheduler|scaler|sampler|training_args|rng_state|random_states|custom_checkpoint)(_\w+)?\.\w+"
+)
 
 
 @dataclass(frozen=True)
@@ -197,6 +208,8 @@ def _not_safetensors(path: Path, prefix: bytes, length: int, size: int) -> Check
         return _lfs(str(path))
     if _starts_as_pickle(prefix):
         return unsafe(path)
+    if prefix and (other := _no_pickle(path, path)) is not None:
+        return other
     if len(prefix) < 8:
         return CheckpointError(f"{path} has {size} bytes; a safetensors file has at least 8", REFETCH)
     if length > HEADER_LIMIT:
@@ -208,13 +221,53 @@ def _lfs(where: str) -> CheckpointError:
     return CheckpointError(f"{where} is a Git LFS pointer, not the file itself", "fetch the files with: git lfs pull")
 
 
-def unsafe(path: Path | str) -> UnsafeFileError:
-    """The refusal of a pickled file."""
-    command = shlex.join(["calotype", "convert", str(path), str(_converted(path))])
+def unsafe(path: Path | str) -> CheckpointError:
+    """The refusal of a file that is a pickle by its name or by how it begins; or what else it is, if it is none."""
+    path = Path(path)
+    name, target = path, _converted(path)
+    first = f"{path} is a pickle, which can run code when it is read; only .safetensors files are read"
+    remedy = "convert it once"
+    if path.suffix.lower() in PICKLES:
+        if (other := _no_pickle(path, target)) is not None:
+            return other
+        if target.is_file():
+            return UnsafeFileError(first, f"it was converted already, it seems: give {target}")
+    elif path.name.startswith(STEMS):  # only under this name it is looked for
+        name, target = path.with_name(f"{path.stem}-pickle.bin"), path
+        remedy = f"rename it ({shlex.join(['mv', str(path), str(name)])}) and convert it once"
     return UnsafeFileError(
-        f"{path} is a pickle, which can run code when it is read; only .safetensors files are read",
-        f"if you trust it, convert it once: {command}",
+        first, f"if you trust it, {remedy}: {shlex.join(['calotype', 'convert', str(name), str(target)])}"
     )
+
+
+def _no_pickle(path: Path, target: Path) -> CheckpointError | None:
+    """What a file is that is neither of what its name says, nor a pickle, if that is certain."""
+    if not path.is_file():
+        return None
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        return CheckpointError(f"{path} is empty", REFETCH)
+    if start.startswith(b"version https://git-lfs"):
+        return _lfs(str(path))
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return CheckpointError(
+            f"{path} is a web page, not a model", "download it again: the link led to a page about it"
+        )
+    if start.startswith(b"GGUF"):
+        return CheckpointError(f"{path} is a GGUF file under another name, which is not read")
+    if (
+        size < TEXT_LIMIT
+        and start.isascii()
+        and (text := start.decode("ascii").strip()).replace("\n", " ").isprintable()
+    ):
+        return CheckpointError(f"{path} is a text of {size} bytes, not a model: {shown(text)}", REFETCH)
+    if start[8:9] == b"{" and 2 <= int.from_bytes(start[:8], "little") <= min(HEADER_LIMIT, size - 8):
+        rename = f"rename it: {shlex.join(['mv', str(path), str(target)])}"
+        hint = f"there is {target} beside it: give that" if target.is_file() else rename
+        return CheckpointError(f"{path} is a safetensors file under a pickle's name", hint)
+    return None
 
 
 def is_pickle(path: Path) -> bool:
@@ -231,10 +284,37 @@ def _starts_as_pickle(prefix: bytes) -> bool:
     )
 
 
-def _converted(path: Path | str) -> Path:
-    """A name for what a pickle is converted to, which is not its own."""
-    name = Path(path).with_suffix(".safetensors")
-    return name.with_name(f"{name.stem}-converted.safetensors") if str(name) == str(path) else name
+def _converted(path: Path) -> Path:
+    """The name for what a pickle is converted to, which is not its own: the one that is looked for."""
+    stem = path.stem
+    if stem == OLD_STEM or stem.startswith((f"{OLD_STEM}.", f"{OLD_STEM}-")):
+        stem = STEMS[1] + stem.removeprefix(OLD_STEM)
+    return path.with_name(f"{stem}-converted.safetensors" if path.suffix == ".safetensors" else f"{stem}.safetensors")
+
+
+def pickles(names: Iterable[str], stems: Sequence[str] | None = None, variant: str | None = None) -> list[str]:
+    """The pickles among file names that may be weights, without those that were converted already.
+
+    With `stems` only those whose converted name is looked for: of several variants those of `variant`, or the plain.
+    """
+    names = set(names)
+    held = [name for name in sorted(names) if name.endswith(PICKLES) and not NO_WEIGHTS.fullmatch(name)]
+    found = {name: _converted(Path(name)).name for name in held}
+    if stems is not None:
+        kinds = {name: kind for name, new in found.items() if (kind := _variant(new, stems)) is not None}
+        wanted = next((kind for kind in (variant, "") if kind in kinds.values()), None)
+        found = {name: found[name] for name, kind in kinds.items() if wanted in (None, kind)}
+    return [name for name, new in found.items() if new not in names]
+
+
+def _variant(name: str, stems: Sequence[str]) -> str | None:
+    """The variant that weights of that name are, "" being the plain ones; None where no stem is theirs."""
+    for stem in stems:
+        if match := re.fullmatch(rf"{stem}(?:\.([\w-]+))?\.safetensors", name):
+            return re.sub(r"-\d{5}-of-\d{5}", "", match[1] or "")
+        if (match := NUMBERED.fullmatch(name)) and match["stem"] == stem:
+            return match["variant"] or match["older"] or ""
+    return None
 
 
 # ---- data ----
@@ -271,16 +351,21 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def variants(names: Iterable[str], stem: str) -> dict[str | None, str]:
-    """The variants among file names (None is the plain one) -> the file to start from: weights, or an index of shards.
+    """The variants among file names (None is the plain one) -> the file to start from: weights, an index of several
+    files, or the first of them where there is no index.
 
-    `model.safetensors`, `model.fp16.safetensors`, `model.safetensors.index.json`, `model.safetensors.index.fp16.json`.
-    Where a variant has both, the index counts, as in diffusers.
+    `model.safetensors`, `model.fp16.safetensors`, `model.safetensors.index.json`, `model.safetensors.index.fp16.json`,
+    `model-00001-of-00002.safetensors`. The index counts before one file, as in diffusers, and that before several.
     """
     single = re.compile(rf"{stem}(?:\.([\w-]+))?\.safetensors")
     sharded = re.compile(rf"{stem}\.safetensors\.index(?:\.([\w-]+))?\.json")
+    ordered = sorted(names)
     found: dict[str | None, str] = {}
+    for name in ordered:
+        if name.endswith(".safetensors") and (match := NUMBERED.fullmatch(name)) and match["stem"] == stem:
+            found.setdefault(match["variant"] or match["older"], name)
     for pattern in (single, sharded):
-        for name in sorted(names):
+        for name in ordered:
             match = pattern.fullmatch(name)
             if match and not re.search(r"-\d{5}-of-\d{5}", name):
                 found[match.group(1)] = name
@@ -290,10 +375,11 @@ def variants(names: Iterable[str], stem: str) -> dict[str | None, str]:
 def shards(folder: Path, entry: str) -> list[Path]:
     """The weight files behind `entry`, a file of `folder` that `variants` gave.
 
-    Raises CheckpointError where an index names files outside the folder, or tensors that its files do not hold.
+    Raises CheckpointError where an index names files outside the folder, or tensors that its files do not hold, and
+    where one of several files is missing; UnsafeFileError where that one is a pickle still.
     """
     if entry.endswith(".safetensors"):
-        return [folder / entry]
+        return _numbered(folder, entry)
     index = folder / entry
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -306,3 +392,29 @@ def shards(folder: Path, entry: str) -> list[Path]:
         if tensor not in held[name]:
             raise CheckpointError(f"{index} says that {name} holds {shown(tensor)}; it does not")
     return [folder / name for name in held]
+
+
+def missing_files(folder: Path, entry: str) -> list[Path]:
+    """What lacks of a series of files, by the name of one of them."""
+    return [path for path in _series(folder, entry) if not path.is_file()]
+
+
+def _series(folder: Path, entry: str) -> list[Path]:
+    """All files of a series, by the name of one of them; a file that is in none is its own series."""
+    match = NUMBERED.fullmatch(entry)
+    if match is None:
+        return [folder / entry]
+    begin, end = entry[: match.start("number")], entry[match.end("number") :]
+    return [folder / f"{begin}{number:05}{end}" for number in range(1, min(int(match["count"]), MAX_SERIES) + 1)]
+
+
+def _numbered(folder: Path, entry: str) -> list[Path]:
+    """A series of files, all of which must be there."""
+    series = _series(folder, entry)
+    if missing := missing_files(folder, entry) if len(series) > 1 else []:
+        for name in pickles([path.name for path in folder.iterdir()]):
+            if _converted(Path(name)).name == missing[0].name:
+                raise unsafe(folder / name)
+        listed = ", ".join(path.name for path in missing[:5])
+        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(series)} files of its weights: {listed}", REFETCH)
+    return series

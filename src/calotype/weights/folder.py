@@ -13,9 +13,22 @@ from torch import Tensor
 from calotype.errors import CalotypeWarning, CheckpointError, ModelNotFoundError
 from calotype.text.tokenizer import TABLES, Tokenizer, has_clip_tables
 from calotype.weights.compare import check
-from calotype.weights.configs import Config
+from calotype.weights.configs import MOTION_UNET, Config
 from calotype.weights.detect import Shapes
-from calotype.weights.files import PICKLES, STEMS, TensorInfo, header, read, read_json, shards, shown, unsafe, variants
+from calotype.weights.files import (
+    NUMBERED,
+    STEMS,
+    TensorInfo,
+    header,
+    missing_files,
+    pickles,
+    read,
+    read_json,
+    shards,
+    shown,
+    unsafe,
+    variants,
+)
 from calotype.weights.names import KINDS
 from calotype.weights.pipeline import Pipeline, read_pipeline
 
@@ -106,7 +119,7 @@ class Folder:
     def weights(self, part: str, config: Config, shapes: Shapes) -> Weights:
         folder = self.folder(part)
         paths = weight_files(folder, self._variant)
-        return check(KINDS[part], merged_header(paths), shapes, folder), read(paths)
+        return check(KINDS[part], part_header(folder, paths), shapes, folder), read(paths)
 
     def folder(self, part: str) -> Path:
         """Where a part is."""
@@ -120,20 +133,44 @@ class Folder:
 # ---- which files ----
 
 
-def available(folder: Path) -> dict[str | None, tuple[str, str]]:
-    """The variants of a part's weights (None is the plain one) -> (stem, the file to start from)."""
+def available(folder: Path, variant: str | None = None) -> dict[str | None, tuple[str, str]]:
+    """The variants of a part's weights (None is the plain one) -> (stem, the file to start from).
+
+    Raises CheckpointError where there are none, UnsafeFileError where they are pickles: of `variant`, if there are.
+    """
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     for stem in STEMS:
         if found := variants(names, stem):
-            return {variant: (stem, entry) for variant, entry in found.items()}
-    if pickled := sorted(name for name in names if name.endswith(PICKLES)):
-        raise unsafe(folder / pickled[0])
-    sharded = sorted(name for name in names if name.endswith(".safetensors"))
-    detail = f"; {sharded[0]} is not one of theirs" if sharded else ""
+            return {key: (stem, entry) for key, entry in found.items()}
+    if left := pickled(folder, variant):
+        raise unsafe(left[0])
+    others = sorted(name for name in names if name.endswith(".safetensors")) + pickles(names)
+    detail = f"; {others[0]} is not one of theirs" if others else ""
     raise CheckpointError(
         f"{folder} holds no weights: {' or '.join(stem + '.safetensors' for stem in STEMS)} is needed{detail}",
         "if it is a download that was cut short, load it once more with a network",
     )
+
+
+def pickled(folder: Path, variant: str | None = None) -> list[Path]:
+    """The pickles that hold a part's weights, or what is missing of them; none where .safetensors files have all."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    there = [entry for stem in STEMS for entry in variants(names, stem).values()]
+    if any(not NUMBERED.fullmatch(entry) or not missing_files(folder, entry) for entry in there):
+        return []
+    left = pickles(names, STEMS, variant)
+    return [folder / name for name in left if not there or NUMBERED.fullmatch(name)]
+
+
+def check_pickles(folders: Mapping[str, Path], variant: str | None) -> None:
+    """Where parts of a model are pickles: an UnsafeFileError for the first, which names the others too."""
+    left = [path for folder in folders.values() for path in pickled(folder, variant)]
+    if not left:
+        return
+    error = unsafe(left[0])
+    others = ", ".join(f"{path.parent.name}/{path.name}" for path in left[1:6])
+    more = f"; {len(left) - 1} more {'is' if len(left) == 2 else 'are'} left: {others}" if others else ""
+    raise type(error)(f"{error.message}{more}", error.hint)
 
 
 def check_variant(folders: Mapping[str, Path], variant: str | None) -> None:
@@ -141,7 +178,7 @@ def check_variant(folders: Mapping[str, Path], variant: str | None) -> None:
     if variant is None:
         return
     weightless = ("tokenizer", "tokenizer_2", "scheduler")
-    found = {part: available(folder) for part, folder in folders.items() if part not in weightless}
+    found = {part: available(folder, variant) for part, folder in folders.items() if part not in weightless}
     lacking = [part for part, there in found.items() if variant not in there]
     if len(lacking) == len(found):
         there = sorted({name for variants_ in found.values() for name in variants_ if name is not None})
@@ -156,12 +193,12 @@ def check_variant(folders: Mapping[str, Path], variant: str | None) -> None:
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
     """The files of one part's weights: the variant's; else the plain ones; else the only ones there are."""
-    found = available(folder)
+    found = available(folder, variant)
     chosen = next((key for key in (variant, None) if key in found), None)
     if chosen is None and None not in found:
         if len(found) > 1:
             names = ", ".join(str(name) for name in sorted(found, key=str))
-            raise ModelNotFoundError(f"{folder} has only variants ({names})", "say which by variant")
+            raise ModelNotFoundError(f"{folder} has only variants ({names})", "say which by variant=")
         chosen = next(iter(found))
     return shards(folder, found[chosen][1])
 
@@ -174,4 +211,13 @@ def merged_header(paths: Sequence[Path]) -> dict[str, TensorInfo]:
         if twice := found.keys() & merged.keys():
             raise CheckpointError(f"{path} holds {shown(min(twice))}, which another file of the model holds too")
         merged |= found
+    return merged
+
+
+def part_header(folder: Path, paths: Sequence[Path]) -> dict[str, TensorInfo]:
+    """The headers of a part's files as one, without the motion modules that AnimateDiff's pipelines save in a U-Net."""
+    merged = merged_header(paths)
+    config = folder / "config.json"
+    if config.is_file() and read_json(config).get("_class_name") == MOTION_UNET:
+        return {name: info for name, info in merged.items() if ".motion_modules." not in name}
     return merged

@@ -18,10 +18,11 @@ from calotype.weights import load, source
 from calotype.weights.compare import check
 from calotype.weights.detect import kind_of, looks_like
 from calotype.weights.files import PICKLES, TensorInfo, header, is_finite, read, read_json, shown, unsafe
-from calotype.weights.folder import SCHEDULER, Folder, Model, available, merged_header, weight_files
+from calotype.weights.folder import SCHEDULER, Folder, Model, available, merged_header, part_header, weight_files
 from calotype.weights.names import KINDS, Kind
-from calotype.weights.pipeline import Pipeline, defaults_of, read_pipeline
-from calotype.weights.single_file import SingleFile, sections
+from calotype.weights.pipeline import Pipeline, defaults_of, read_pipeline, with_class
+from calotype.weights.single_file import SingleFile, is_unused, sections
+from calotype.weights.wrapping import unwrapped
 
 BUILDERS: dict[Kind, Callable[[dict[str, Any], str], UNet | CLIPText | load.Vae]] = {
     "unet": load.unet_of,
@@ -56,11 +57,13 @@ def _inspect_file(path: Path) -> Report:
     shapes: dict[str, tuple[int, ...]] = {}
     with _noting(problems):
         infos = header(path)
-        shapes = _shapes(infos)
+        shapes = {name: infos[theirs].shape for name, theirs in unwrapped(infos).items()}
         part = {"kind": kind_of(shapes), **_sizes([path], infos)}
         likeness = looks_like(shapes)
         _find_not_finite([path], problems)
     report: Report = {"source": str(path), "looks_like": likeness, "parts": {path.name: part}, "problems": problems}
+    if ignored := [name for name in shapes if is_unused(name)]:
+        report["ignored"] = sorted(ignored)
     return report | _inspect_model_file(path, problems) if len(sections(shapes)) > 1 else report
 
 
@@ -108,6 +111,8 @@ def _inspect_pipeline(root: Path) -> Report:
     if pipeline is None:
         return report
     report["pipeline"] = pipeline.kind
+    if pipeline.unused:
+        report["not_used"] = [f"{part} ({remark})" for part, remark in pipeline.unused.items()]
     parts: dict[str, Report] = {}
     networks: dict[str, Network] = {}
     for name, class_name in pipeline.classes.items():
@@ -117,7 +122,7 @@ def _inspect_pipeline(root: Path) -> Report:
                 tokenizer = Tokenizer.load(root / name)
                 parts[name] |= {"tokens": tokenizer.size, "length": tokenizer.length}
         elif name in KINDS:
-            found, network = _part_report(KINDS[name], root / name, problems)
+            found, network = _part_report(KINDS[name], root / name, problems, class_name)
             parts[name] |= found
             if network is not None:
                 networks[name] = network
@@ -171,16 +176,21 @@ def _unet_facts(unet: object) -> Report:
     }
 
 
-def _part_report(kind: Kind, folder: Path, problems: list[str]) -> tuple[Report, Network | None]:
-    """Facts on one part, and the network without weights that its config describes; faults go to `problems`."""
+def _part_report(
+    kind: Kind, folder: Path, problems: list[str], class_name: str | None = None
+) -> tuple[Report, Network | None]:
+    """Facts on one part, and the network without weights that its config describes; faults go to `problems`.
+
+    `class_name` is what model_index.json calls it.
+    """
     report: Report = {}
     network: Network | None = None
     with _noting(problems):
         path = folder / "config.json"
-        network = BUILDERS[kind](read_json(path), str(path))
+        network = BUILDERS[kind](with_class(read_json(path), class_name), str(path))
     with _noting(problems):
         files = weight_files(folder, None)
-        infos = merged_header(files)
+        infos = part_header(folder, files)
         report = _sizes(files, infos) | {"variants": sorted(name for name in available(folder) if name is not None)}
         if network is not None:
             with _noting(problems):

@@ -6,6 +6,7 @@ mapped file; any other is converted, one at a time. So anonymous memory grows by
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from calotype.errors import CheckpointError
+from calotype.errors import CalotypeWarning, CheckpointError
 from calotype.families import CUSTOM, Family, family_of
 from calotype.nn.clip import CLIPText
 from calotype.nn.clip_vision import CLIP
@@ -25,13 +26,13 @@ from calotype.nn.vae import AutoencoderKL
 from calotype.parts import Habit, Parts, Stored
 from calotype.schedule import NoiseSchedule
 from calotype.text.encode import TextEncoder
-from calotype.weights import configs, source
+from calotype.weights import configs, source, taesd
 from calotype.weights.compare import check
 from calotype.weights.files import is_finite, read, read_json, shown
-from calotype.weights.folder import SCHEDULER, Folder, Model, check_variant, merged_header, weight_files
+from calotype.weights.folder import SCHEDULER, Folder, Model, check_pickles, check_variant, part_header, weight_files
 from calotype.weights.habits import habit_of
 from calotype.weights.names import Kind
-from calotype.weights.pipeline import defaults_of, repaired_schedule
+from calotype.weights.pipeline import defaults_of, repaired_schedule, with_class
 from calotype.weights.single_file import SingleFile
 from calotype.weights.texts import family_texts
 
@@ -94,6 +95,8 @@ def load_parts(
     """
     whole, owners = _opened(model, unet, vae, variant, revision, offline, prediction)
     pipeline = whole.pipeline()
+    for part, remark in pipeline.unused.items():
+        warnings.warn(f"{whole.path}: {part} is not used: {remark}", CalotypeWarning, stacklevel=3)
 
     # All configs first: they are cheap, and say whether the parts belong together.
     scheduler = repaired_schedule(pipeline, whole.json(SCHEDULER))
@@ -146,11 +149,13 @@ def _opened(
     whole = open_model(root, variant, prediction)
     owners = {"unet": whole, "vae": whole}
     for name, ref in overrides.items():
-        path = source.resolve(ref, subfolder=name, variant=variant, offline=offline)
+        tiny = taesd.decoder_in(Path(ref).expanduser()) if name == "vae" else None
+        path = source.resolve(ref, subfolder=name, variant=variant, offline=offline) if tiny is None else tiny
         owners[name] = SingleFile(path) if path.is_file() else Folder(path.parent, variant, {name: path})
     folders = {name: owner.folder(name) for name, owner in owners.items() if isinstance(owner, Folder)}
     if isinstance(whole, Folder):
         folders = {name: whole.folder(name) for _, name in whole.pipeline().text_parts} | folders
+    check_pickles(folders, variant)
     check_variant(folders, variant)
     return whole, owners
 
@@ -168,9 +173,13 @@ def open_model(root: Path, variant: str | None = None, prediction: str | None = 
 
 
 def config_of(owner: Model, part: str) -> tuple[dict[str, Any], str]:
-    """A part's config.json, and its place for messages."""
+    """A part's config.json, and its place for messages. A text encoder's class may be in model_index.json alone."""
     name = f"{part}/config.json"
-    return owner.json(name), owner.where(name)
+    raw = owner.json(name)
+    if part.startswith("text_encoder") and owner.has("model_index.json"):
+        entry = owner.json("model_index.json").get(part)
+        raw = with_class(raw, entry[-1] if isinstance(entry, list) and entry else None)
+    return raw, owner.where(name)
 
 
 def _vae_config(owner: Model, whole: Model, family: Family) -> tuple[dict[str, Any], str]:
@@ -279,6 +288,12 @@ def check_fit(unet: UNet, vae: Vae, encoders: Sequence[CLIPText]) -> None:
         raise CheckpointError(
             f"the U-Net takes text of width {config.context_dim}, the text encoders give {width}", FIT
         )
+    if config.out_channels == latent and config.in_channels - latent in OTHER_INPUTS:
+        raise CheckpointError(
+            f"the U-Net has {config.in_channels} channels in: beside the {latent} of the latents it takes "
+            f"{OTHER_INPUTS[config.in_channels - latent]}, which is not supported",
+            "use a model that draws from text",
+        )
     if config.out_channels != latent or config.in_channels not in (latent, 2 * latent + 1):
         raise CheckpointError(
             f"the U-Net has {config.in_channels} channels in and {config.out_channels} out, the autoencoder {latent}",
@@ -296,6 +311,12 @@ def check_fit(unet: UNet, vae: Vae, encoders: Sequence[CLIPText]) -> None:
             )
 
 
+# Channels beside the latents' -> what U-Nets take by them.
+OTHER_INPUTS = {
+    1: "a map of depths (Stable Diffusion 2's depth2img)",
+    3: "a small picture (the x4 upscaler)",
+    4: "the latents of a picture (InstructPix2Pix, the latent upscaler)",
+}
 FIT = "these parts come from models of different families"
 
 
@@ -307,7 +328,7 @@ def _load(
 ) -> Network:
     """Gives a network on the meta device the weights of a folder."""
     paths = weight_files(folder, variant)
-    matched = check(kind, merged_header(paths), network_shapes(network), folder)
+    matched = check(kind, part_header(folder, paths), network_shapes(network), folder)
     return fill(network, matched, read(paths), folder, device, dtype)
 
 

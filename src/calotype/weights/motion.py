@@ -6,7 +6,8 @@ config.json may name another (ours: diffusers knows no such field).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from calotype.weights.fields import Fields
 from calotype.weights.files import TensorInfo, read, read_json, shown
 from calotype.weights.folder import check_variant, merged_header, weight_files
 from calotype.weights.load import CPU, fill, network_shapes, on_meta
+from calotype.weights.wrapping import unwrapped
 
 MAX_FRAMES = 1024  # of the table of positions
 POSITIONS = ".pos_embed.pe"
@@ -40,6 +42,11 @@ OLD_NAMES = (
     (".ff_norm.", ".norm3."),
 )
 SECOND_POSITIONS = ".attn2.pos_encoder.pe"
+
+# Checkpoints of training runs have the U-Net around the modules too; a file with a layer or two of it is another thing.
+MODULES = ".motion_modules."
+WHOLE = {"conv_in.weight", "time_embedding.linear_1.weight", "conv_out.weight"}
+UNET = re.compile(r"(conv_in|conv_norm_out|conv_out|time_embedding|add_embedding|down_blocks|mid_block|up_blocks)\.")
 
 # The levels of the U-Nets that adapters exist for.
 MADE_FOR = {(320, 640, 1280, 1280): SD15.title, (320, 640, 1280): SDXL.title}
@@ -62,7 +69,7 @@ def load_motion(
     """
     path = resolve_motion(ref, variant=variant, revision=revision, offline=offline)
     headers = merged_header(_files(path, variant))
-    infos = {ours: headers[theirs] for ours, theirs in _names(headers, path).items()}
+    infos = {ours: headers[theirs] for ours, theirs in _names(_shapes(headers), path).items()}
     config = _config(path, infos)
     if unet is not None:
         check_motion(config, unet)
@@ -89,7 +96,8 @@ def resolve_motion(
 def read_motion(path: Path, variant: str | None = None) -> dict[str, Tensor]:
     """An adapter's tensors as views of its mapped file, by the names that they have in a U-Net it is attached to."""
     tensors = read(_files(path, variant))
-    return {ours: tensors[theirs] for ours, theirs in _names(tensors, path).items()}
+    names = _names({name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
+    return {ours: tensors[theirs] for ours, theirs in names.items()}
 
 
 def check_motion(motion: MotionConfig, unet: UNetConfig) -> None:
@@ -140,11 +148,18 @@ def motion_config(raw: Mapping[str, Any], where: str = "config.json") -> MotionC
     return config
 
 
-def _names(files_own: Iterable[str], path: Path) -> dict[str, str]:
-    """Our names of a file's tensors -> the file's own."""
+def _names(shapes: Shapes, path: Path) -> dict[str, str]:
+    """Our names of a file's tensors -> the file's own. A whole U-Net around the modules is left out."""
+    bare = {name.removeprefix("unet."): theirs for name, theirs in unwrapped(shapes).items()}
+    whole = bare.keys() >= WHOLE and any(MODULES in name for name in bare)
+    if whole and shapes[bare["conv_in.weight"]][1:2] == (9,):
+        raise CheckpointError(
+            f"{path} brings another first layer (PIA), which is not supported", "use AnimateDiff's own"
+        )
     found: dict[str, str] = {}
-    for theirs in files_own:
-        ours = theirs.removeprefix("module.")  # distributed training's
+    for ours, theirs in bare.items():
+        if whole and UNET.match(ours) and MODULES not in ours:
+            continue
         for old, new in OLD_NAMES:
             ours = ours.replace(old, new)
         if ours in found:
@@ -163,8 +178,12 @@ def _files(path: Path, variant: str | None) -> list[Path]:
 
 def _config(path: Path, infos: Mapping[str, TensorInfo]) -> MotionConfig:
     if path.is_file():
-        return motion_config(_raw_config({name: info.shape for name, info in infos.items()}, path), str(path))
+        return motion_config(_raw_config(_shapes(infos), path), str(path))
     return motion_config(read_json(path / "config.json"), str(path / "config.json"))
+
+
+def _shapes(infos: Mapping[str, TensorInfo]) -> Shapes:
+    return {name: info.shape for name, info in infos.items()}
 
 
 def _raw_config(shapes: Shapes, path: Path) -> dict[str, Any]:

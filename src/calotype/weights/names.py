@@ -14,6 +14,16 @@ KINDS: dict[str, Kind] = {
     "text_encoder_2": "text_encoder",
 }
 
+# What training leaves in a file beside the weights, of a model or of an adapter: counts, noise levels that it computed,
+# averages, its optimizer's state, words that were being learnt. Nothing here reads it.
+BOOKKEEPING = re.compile(
+    r"(.*\.)?((global_|current_|num_|total_)?(step|epoch|iter|iteration|update)s?|iter_num|lr|best_loss)"
+    r"|(.*\.)?num_batches_tracked|state|best_model_score|pytorch-lightning_version"
+    r"|(log_)?sigmas|ddim_(sigmas|alphas|alphas_prev|sqrt_one_minus_alphas|timesteps)(_for_original_num_steps)?"
+    r"|(model_ema|embedding_manager|optimizers?|optimizer_states|lr_schedulers?|callbacks|loops)\..*|model_ema_.*"
+    r"|_aux\..*"  # which makers of sliders append to LoRAs
+)
+
 # Saved along with the weights, but not weights of the network.
 IGNORABLE: dict[Kind, re.Pattern[str]] = {
     "unet": re.compile(r"model_ema\..*"),
@@ -25,15 +35,6 @@ IGNORABLE: dict[Kind, re.Pattern[str]] = {
     ),
     "clip": re.compile(r"(.*\.)?position_ids"),
 }
-
-# What training leaves in a file beside the weights, of a model or of an adapter: counts, the noise of each step, words
-# that were being learnt. Nothing here reads it.
-BOOKKEEPING = re.compile(
-    r"(global_|current_|num_|total_)?(step|epoch|iter|iteration|update)s?|iter_num|state"
-    r"|(log_)?sigmas|ddim_(sigmas|alphas|alphas_prev|sqrt_one_minus_alphas)(_for_original_num_steps)?"
-    r"|best_model_score|pytorch-lightning_version|embedding_manager\..*"
-    r"|_aux\..*"  # which makers of sliders append to LoRAs
-)
 
 # The VAE's attention before diffusers 0.15, as LDM's and later as an "AttentionBlock".
 VAE_ATTENTION = re.compile(
@@ -50,7 +51,7 @@ def canonical(kind: Kind, name: str, *, projection: bool = True) -> str | None:
 
     `projection` says whether the text encoder projects its pooled output; if not, a file's `text_projection` is unused.
     """
-    if IGNORABLE[kind].fullmatch(name):
+    if IGNORABLE[kind].fullmatch(name) or BOOKKEEPING.fullmatch(name):
         return None
     if kind == "text_encoder":
         if name == "text_projection.weight" and not projection:

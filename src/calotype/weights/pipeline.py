@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +13,51 @@ from calotype.families import LCM_GUIDANCE, LCM_GUIDANCE_RANGE, LCM_STEPS, PLAIN
 from calotype.nn.unet import UNetConfig
 from calotype.parts import Defaults, Habit
 from calotype.schedule import CONSISTENCY, NoiseSchedule
-from calotype.weights.configs import TEXT_CLASSES
+from calotype.weights.configs import MOTION_UNET, TEXT_CLASSES, names_class
 from calotype.weights.fields import Fields
 from calotype.weights.files import read_json, shown
 from calotype.weights.habits import SAMPLERS
 
-PIPELINES = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusionXLInpaintPipeline",
-    "LatentConsistencyModelPipeline",
-    "LatentConsistencyModelImg2ImgPipeline",
+# Whatever its task, a pipeline of these has parts of which a picture is drawn from text. By the class's name alone:
+# nothing outside the lists of parts is imported or built.
+PIPELINES = re.compile(
+    r"(CLIPGuided|Semantic|LEditsPPPipeline)?StableDiffusion\w*|LatentConsistencyModel\w*|AnimateDiff\w*"
+    r"|(CycleDiffusion|TextToVideoZero|TextToVideoZeroSDXL)Pipeline"
+)
+# Pipelines among these whose U-Net or autoencoder is of another kind, by what follows in the name -> what it is.
+OTHERS = (
+    (r"StableDiffusion3", "a diffusion transformer, which is another architecture"),
+    (r"StableDiffusion\w*Upscale", "its U-Net takes a small picture as well"),
+    (r"StableDiffusion\w*Depth2Img", "its U-Net takes a map of depths as well"),
+    (r"StableDiffusion\w*InstructPix2Pix", "its U-Net takes the latents of a picture as well"),
+    (r"StableDiffusion\w*GLIGEN", "its U-Net takes places of things as well"),
+    (r"StableDiffusion\w*LDM3D", "its autoencoder makes depths as well"),
+    (r"StableDiffusion\w*ImageVariation", "its U-Net takes a picture's embedding instead of a text's"),
 )
 CLASSES: dict[str, Sequence[str]] = {
-    "unet": ("UNet2DConditionModel",),
+    "unet": ("UNet2DConditionModel", MOTION_UNET),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "text_encoder": TEXT_CLASSES,
     "text_encoder_2": TEXT_CLASSES,
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
+PROJECTING = "CLIPTextModelWithProjection"
 LIBRARIES = ("diffusers", "transformers")
 REQUIRED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # listed in model_index.json, not part of a picture
+# A part by such a name is one of the networks that draw, by another name or one more: no picture is right without it.
+NETWORKS = re.compile(r"(unet|vae|transformer|prior|decoder|text_encoder|tokenizer|image_n\w+)(_\w+)?")
+# Classes of parts that change nothing that is drawn.
+NO_NETWORKS = re.compile(r"\w*(Processor|Extractor|Checker|Watermarker)\w*")
+# Parts that are loaded into the model by themselves, by their classes -> how.
+ADDED = (
+    (
+        ("ControlNetModel", "MultiControlNetModel", "T2IAdapter", "MultiAdapter"),
+        "add_control(FOLDER, subfolder={part!r})",
+    ),
+    (("MotionAdapter",), "set_motion(FOLDER)"),
+)
 MAX_PIXELS = 16384  # of a default width or height
 
 
@@ -48,6 +68,7 @@ class Pipeline:
     kind: str  # the pipeline's class name
     classes: dict[str, str]  # part -> class name, for the parts that calotype uses
     zero_empty_negative: bool
+    unused: dict[str, str] = field(default_factory=dict)  # parts that would change pictures -> a remark on each
 
     @property
     def text_parts(self) -> tuple[tuple[str, str], ...]:
@@ -74,19 +95,52 @@ def read_pipeline(folder: Path) -> Pipeline:
 def pipeline_of(raw: dict[str, Any], path: str) -> Pipeline:
     """What a model_index.json says. Raises CheckpointError for parts that are missing or not allowed."""
     fields = Fields(raw, path)
-    if raw.get("_class_name") not in PIPELINES:
-        raise fields.refuse("_class_name", f"supported here are {', '.join(PIPELINES)}")
-    classes = {}
+    kind = _kind(fields)
+    classes, unused = {}, {}
     for part, entry in raw.items():
-        if isinstance(entry, list) and part not in UNUSED and entry != [None, None]:
+        if part == "_class_name" or not isinstance(entry, list) or part in UNUSED or entry in ([None, None], [None]):
+            continue
+        if part in CLASSES or part == "scheduler" or NETWORKS.fullmatch(part):
             classes[part] = _part_class(fields, part, entry)
+        elif remark := _remark(part, entry):
+            unused[part] = remark
     if missing := [part for part in REQUIRED if part not in classes]:
         raise CheckpointError(f"{path} lists no {' and no '.join(missing)}")
     if ("text_encoder_2" in classes) != ("tokenizer_2" in classes):
         raise CheckpointError(f"{path} lists one of text_encoder_2 and tokenizer_2; both or none are needed")
     # SDXL's pipelines zero an empty negative prompt unless told not to; the others have no such option.
-    zero = fields.flag("force_zeros_for_empty_prompt", True) if "XL" in raw["_class_name"] else False
-    return Pipeline(raw["_class_name"], classes, zero)
+    zero = fields.flag("force_zeros_for_empty_prompt", True) if "XL" in kind else False
+    return Pipeline(kind, classes, zero, unused)
+
+
+def _kind(fields: Fields) -> str:
+    """The pipeline's class. A community pipeline's is [its module, class]: the module is never looked at."""
+    name = fields.raw.get("_class_name")
+    if isinstance(name, list) and len(name) == 2:
+        name = name[1]
+    if not isinstance(name, str) or not PIPELINES.fullmatch(name):
+        kinds = "StableDiffusion..., LatentConsistencyModel..., AnimateDiff..."
+        raise fields.refuse("_class_name", f"supported here are {kinds}")
+    for pattern, what in OTHERS:
+        if re.match(pattern, name):
+            raise fields.refuse("_class_name", f"{what}: not supported")
+    return name
+
+
+def _remark(part: str, entry: list[object]) -> str:
+    """What there is to say of a part that is not loaded with the model; nothing of what is no network."""
+    name = entry[-1]
+    if not isinstance(name, str) or NO_NETWORKS.fullmatch(name):
+        return ""
+    how = next((how for classes, how in ADDED if name in classes), None)
+    return f"{name} is not supported" if how is None else f"{name}, load it by {how.format(part=part)}"
+
+
+def with_class(raw: dict[str, Any], name: object) -> dict[str, Any]:
+    """A text encoder's config with the class that model_index.json gives it, where it says none or does not project."""
+    if name in CLASSES["text_encoder"] and (not names_class(raw) or name == PROJECTING) and "text_config" not in raw:
+        return {**raw, "architectures": [name]}
+    return raw
 
 
 def _part_class(fields: Fields, part: str, entry: list[object]) -> str:

@@ -22,7 +22,7 @@ from calotype.nn.clip import CLIPTextConfig
 from calotype.nn.unet import UNetConfig
 from calotype.nn.vae import VAEConfig
 from calotype.text.tokenizer import Tokenizer
-from calotype.weights import ldm
+from calotype.weights import ldm, taesd
 from calotype.weights.compare import compare
 from calotype.weights.configs import Config
 from calotype.weights.detect import (
@@ -37,9 +37,10 @@ from calotype.weights.detect import (
 )
 from calotype.weights.files import TensorInfo, header, metadata, parse_json, shown
 from calotype.weights.folder import Weights
-from calotype.weights.names import KINDS, Kind, canonical
+from calotype.weights.names import BOOKKEEPING, KINDS, Kind, canonical
 from calotype.weights.pipeline import Pipeline, pipeline_of
 from calotype.weights.texts import said_prediction, texts_of
+from calotype.weights.wrapping import unwrapped
 
 EMBEDDED = "calotype:"  # before a model's own files among the header's metadata: "calotype:unet/config.json"
 TITLES = {
@@ -49,6 +50,7 @@ TITLES = {
     "text_encoder_2": "second text encoder",
 }
 
+DIFFUSERS_PREFIXES = ("unet.", "")  # of U-Nets that diffusers named
 VAE_PREFIXES = ("first_stage_model.", "vae.", "")
 # Part, prefix and who named it. Stable Diffusion 2.x has two prefixes, one of them in SGM's layout.
 TEXT_PREFIXES = (
@@ -57,7 +59,13 @@ TEXT_PREFIXES = (
     ("text_encoder", "conditioner.embedders.0.transformer.", "clip"),
     ("text_encoder", "conditioner.embedders.0.model.", "open_clip"),
     ("text_encoder_2", "conditioner.embedders.1.model.", "open_clip"),
+    # CLIP G under transformers' names, its projection within "transformer." or beside it.
+    ("text_encoder_2", "conditioner.embedders.1.", "clip"),
+    ("text_encoder", "text_encoder.", "clip"),
+    ("text_encoder_2", "text_encoder_2.", "clip"),
 )
+WITHIN = "transformer."  # what may stand before transformers' names in a section of theirs
+CLIP_ROOTS = tuple(f"{within}{root}embeddings." for within in ("", WITHIN) for root in ("", "text_model."))
 # In the file, but no weights of a network that makes pictures. v_pred and ztsnr are marks without content.
 UNUSED = re.compile(
     r"(model_ema|loss|denoiser|first_stage_model\.(loss|model_ema))\..*"
@@ -65,7 +73,9 @@ UNUSED = re.compile(
     r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)|lvlb_weights|logvar|scale_factor"
     r"|(cond_stage_model|conditioner\.embedders\.\d)\.(logit_scale|text_projection)"
     r"|v_pred|ztsnr"
+    r"|(.*\.)?vae_(scale|shift)"  # ComfyUI's TAESD: from its unscaled latents to TAESD's, which are the U-Net's own
 )
+PROJECTIONS = re.compile(r"conditioner\.embedders\.1\.(transformer\.)?text_projection(\.weight)?")
 OPEN_CLIP_UNUSED = ("logit_scale", "attn_mask")
 
 # Stable Diffusion 2.x predicts either noise or velocity under the same names and shapes. The velocity models' last norm
@@ -116,7 +126,9 @@ class SingleFile:
         CheckpointError for what has no network of Stable Diffusion's kind.
         """
         self._path = path
-        self.infos = header(path)
+        self._places = _places(path)
+        headers = {file: header(file) for file in {file for file, _ in self._places.values()}}
+        self.infos = {name: headers[file][theirs] for name, (file, theirs) in self._places.items()}
         self.shapes: Shapes = {name: info.shape for name, info in self.infos.items()}
         self.sections = sections(self.shapes)
         sort = sort_of(self.shapes)
@@ -184,15 +196,22 @@ class SingleFile:
     def strangers(self) -> list[str]:
         """The tensors that belong to no network and are not known to be needless."""
         prefixes = tuple(section.prefix for section in self.sections.values())
-        return [name for name in self.infos if not name.startswith(prefixes) and not UNUSED.fullmatch(name)]
+        return [name for name in self.infos if not name.startswith(prefixes) and not is_unused(name)]
+
+    def ignored(self) -> list[str]:
+        """The tensors, by the file's names, that are a training run's or are known to be needless."""
+        return [theirs for name, (_, theirs) in self._places.items() if is_unused(name)]
 
     # ---- what a folder would have ----
 
     def _find_texts(self, prediction: str | None) -> dict[str, str]:
         """Those in the header, if all are there; else the family's, changed to what the file shows."""
         own = {name.removeprefix(EMBEDDED): text for name, text in self._metadata.items() if name.startswith(EMBEDDED)}
+        tiny = taesd.raw_config(self.shapes, self.sections["vae"].prefix) if "vae" in self.sections else None
+        if tiny is not None:
+            own["vae/config.json"] = json.dumps(tiny)
         if "unet" not in self.sections:
-            return {"vae/config.json": json.dumps({"_class_name": "AutoencoderTiny"})} if is_tiny(self.shapes) else own
+            return own
         if "unet/config.json" in own:
             if prediction is not None and "scheduler/scheduler_config.json" in own:
                 scheduler = self._parsed("scheduler/scheduler_config.json", own)
@@ -206,6 +225,9 @@ class SingleFile:
         prefix = self.sections["unet"].prefix
         shapes = {name.removeprefix(prefix): shape for name, shape in self.shapes.items() if name.startswith(prefix)}
         texts = texts_of(self.family, shapes, self.prediction, zero_snr="ztsnr" in self.infos)
+        if tiny is not None:
+            texts["vae/config.json"] = tiny
+            texts["model_index.json"]["vae"] = ["diffusers", "AutoencoderTiny"]
         return {name: json.dumps(text) for name, text in texts.items()}
 
     def has(self, name: str) -> bool:
@@ -285,24 +307,39 @@ class SingleFile:
             if not name.startswith(section.prefix):
                 continue
             rest = name.removeprefix(section.prefix)
-            if UNUSED.fullmatch(name) or (section.prefix and _is_needless(section.naming, rest, config, KINDS[part])):
+            if _is_no_weight(section, name) or (
+                section.prefix and _is_needless(section.naming, rest, config, KINDS[part])
+            ):
                 continue
             theirs = _spelt(section.naming, rest, KINDS[part])
             shared = ours.get(theirs, [""])
             for i, mine in enumerate(shared):
-                found[Slot(name, i, len(shared), rest == ldm.TRANSPOSED)] = mine
+                found[Slot(name, i, len(shared), rest.removeprefix(WITHIN) == ldm.TRANSPOSED)] = mine
         return found
 
     def _tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Some of the file's tensors, as views of the mapped file."""
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error}") from error
+        found: dict[str, Tensor] = {}
+        wanted = [*names]
+        for path in {self._places[name][0] for name in wanted}:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    own = {name: self._places[name][1] for name in wanted if self._places[name][0] == path}
+                    found |= {name: file.get_tensor(theirs) for name, theirs in own.items()}
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from error
+        return found
 
 
 # ---- where the networks are ----
+
+
+def _places(path: Path) -> dict[str, tuple[Path, str]]:
+    """The names that a file's tensors go by here -> which file has them under which name: TAESD is often two files."""
+    shapes = {name: info.shape for name, info in header(path).items()}
+    if (side := taesd.side_of(shapes)) is not None:
+        return taesd.pair(path, side)
+    return {taesd.renamed(name): (path, theirs) for name, theirs in unwrapped(shapes).items()}
 
 
 def sections(shapes: Shapes) -> dict[str, Section]:
@@ -311,15 +348,16 @@ def sections(shapes: Shapes) -> dict[str, Section]:
     prefix = unet_prefix(shapes)
     if prefix is not None:
         found["unet"] = Section(prefix, "ldm")
-    elif "conv_in.weight" in shapes and "time_embedding.linear_1.weight" in shapes:
-        found["unet"] = Section("", "diffusers")
+    for prefix in DIFFUSERS_PREFIXES:
+        if f"{prefix}conv_in.weight" in shapes and f"{prefix}time_embedding.linear_1.weight" in shapes:
+            found.setdefault("unet", Section(prefix, "diffusers"))
     for prefix in VAE_PREFIXES:
         if f"{prefix}decoder.norm_out.weight" in shapes:
             found.setdefault("vae", Section(prefix, "ldm"))
-        elif f"{prefix}decoder.conv_norm_out.weight" in shapes or (not prefix and is_tiny(shapes)):
+        elif f"{prefix}decoder.conv_norm_out.weight" in shapes or is_tiny(shapes, prefix):
             found.setdefault("vae", Section(prefix, "diffusers"))
     for part, prefix, naming in TEXT_PREFIXES:
-        roots = ("",) if naming == "open_clip" else ("embeddings.", "text_model.embeddings.")
+        roots = ("",) if naming == "open_clip" else CLIP_ROOTS
         if any(f"{prefix}{root}token_embedding.weight" in shapes for root in roots):
             found.setdefault(part, Section(prefix, naming))
     return found
@@ -340,7 +378,7 @@ def _is_needless(naming: str, name: str, config: Config, kind: Kind) -> bool:
     """Whether a tensor of a section, without the prefix, is one that networks of this config do without."""
     if naming != "open_clip":
         projects = isinstance(config, CLIPTextConfig) and config.projection_dim is not None
-        return canonical(kind, name, projection=projects) is None
+        return canonical(kind, _clip_name(name) if naming == "clip" else name, projection=projects) is None
     assert isinstance(config, CLIPTextConfig)
     layer = re.match(r"transformer\.resblocks\.(\d{1,9})\.", name)
     if layer is not None:  # SD 2.x takes the last layer but one, so its networks are built without the last
@@ -351,8 +389,26 @@ def _is_needless(naming: str, name: str, config: Config, kind: Kind) -> bool:
 
 def _spelt(naming: str, name: str, kind: Kind) -> str:
     """A tensor's name in a section as our tables have it, out of the spellings that occur."""
+    if naming == "clip":
+        name = _clip_name(name)
     if naming in ("clip", "diffusers"):
         return canonical(kind, name) or name
     if kind == "vae":
         name = ldm.VAE_ATTENTION_OTHER.sub(lambda match: ldm.VAE_ATTENTION[match[0]], name)
     return ldm.OTHER_NAMES.get(name, name)
+
+
+def _clip_name(name: str) -> str:
+    """A name of transformers', without what LDM puts before it."""
+    name = name.removeprefix(WITHIN)
+    return f"{name}.weight" if name == ldm.TRANSPOSED else name
+
+
+def is_unused(name: str) -> bool:
+    """Whether a tensor is known to be no weight of a network that makes pictures."""
+    return (UNUSED.fullmatch(name) or BOOKKEEPING.fullmatch(name)) is not None
+
+
+def _is_no_weight(section: Section, name: str) -> bool:
+    projection = section.naming == "clip" and PROJECTIONS.fullmatch(name)
+    return is_unused(name) and not projection

@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import cast
 
-from calotype.errors import CalotypeWarning, ModelNotFoundError
-from calotype.weights.files import PICKLES, STEMS, shown, unsafe, variants
+from calotype.errors import CalotypeWarning, CheckpointError, ModelNotFoundError
+from calotype.weights.files import NUMBERED, PICKLES, STEMS, pickles, shown, unsafe, variants
 
 SHIPPED = "icons"
 FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -112,7 +113,7 @@ def _no_revision(root: Path, revision: str) -> ModelNotFoundError:
 def choose_file(files: Sequence[str], where: str, name: str | None, preferred: Sequence[str]) -> str:
     """The file that `resolve_file` takes out of those of a folder or repository."""
     if name is not None and name.endswith(PICKLES):
-        raise unsafe(f"{where}/{name}")
+        raise _pickle(where, name, name)
     there = sorted(file for file in files if file.endswith(".safetensors") and "/" not in file)
     if name is not None:
         if name not in files:
@@ -124,9 +125,21 @@ def choose_file(files: Sequence[str], where: str, name: str | None, preferred: S
         return (first or there)[0]
     if there:
         raise ModelNotFoundError(f"{where} has several files: {', '.join(there[:10])}", "say which by weight_name")
-    if pickles := sorted(file for file in files if file.endswith(PICKLES)):
-        raise unsafe(f"{where}/{pickles[0]}")
+    stems = tuple(file.removesuffix(".safetensors") for file in preferred)
+    if left := pickles(files, stems) or pickles(files):
+        raise _pickle(where, left[0], left[0])
     raise ModelNotFoundError(f"{where} has no .safetensors file")
+
+
+def _pickle(where: str, name: str, wanted: str = "") -> CheckpointError:
+    """The refusal of a pickle in a folder; or in a repository, where it must be downloaded (`wanted`, or all) first."""
+    error, match = unsafe(Path(where) / name), HUB_ID.fullmatch(where)
+    if match is None or Path(where).expanduser().exists():
+        return error
+    revision = [] if match["revision"] is None else ["--revision", match["revision"]]
+    folder = match["repo"].partition("/")[2]
+    words = ["hf", "download", match["repo"], *([wanted] if wanted else []), *revision, "--local-dir", folder]
+    return type(error)(error.message, f"if you trust it, download it and give the folder {folder}: {shlex.join(words)}")
 
 
 def _local(ref: str) -> Path | None:
@@ -229,9 +242,9 @@ def needed(
         inside = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
         inside = {name for name in inside if "/" not in name}
         weights = _weights(inside, variant)
-        pickles = sorted(name for name in inside if name.endswith(PICKLES))
-        if pickles and not weights and not folder.startswith(("tokenizer", "scheduler")):
-            raise unsafe(f"{where}/{prefix}{pickles[0]}")
+        left = [] if weights or folder.startswith(("tokenizer", "scheduler")) else pickles(inside, STEMS, variant)
+        if left:
+            raise _pickle(where, f"{prefix}{left[0]}")
         texts = {name for name in inside if name.endswith((".json", ".txt")) and ".index" not in name}
         wanted |= {prefix + name for name in texts | weights}
     return sorted(wanted)
@@ -245,7 +258,7 @@ def _weights(names: set[str], variant: str | None) -> set[str]:
         chosen = [key for key in (variant, None) if key in found][:1] or list(found)
         for key in chosen:
             wanted |= {found[key]}
-            if found[key].endswith(".json"):
+            if found[key].endswith(".json") or NUMBERED.fullmatch(found[key]):
                 dotted = "" if key is None else rf"\.{key}"  # before the numbers; in older repositories behind them
                 numbers = r"-\d{5}-of-\d{5}"
                 shard = re.compile(rf"{stem}({dotted}{numbers}|{numbers}{dotted})\.safetensors")
