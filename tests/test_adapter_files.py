@@ -238,7 +238,7 @@ def test_bookkeeping_is_ignored(parts: Parts, tmp_path: Path, key: str, value: T
     assert load_lora(save(tmp_path / "it.safetensors", {**low(), key: value}), parts).deltas.keys() == {"unet"}
 
 
-@pytest.mark.parametrize("key", ["epochal", "x.step", "steps.weight", "state.unet", "optimizer.lora"])
+@pytest.mark.parametrize("key", ["epochal", "x.stepped", "steps.weight", "state.unet", "optimized.lora"])
 def test_what_is_not_on_the_list_is_an_error(parts: Parts, tmp_path: Path, key: str) -> None:
     with pytest.raises(CheckpointError, match="name nothing in it"):
         load_lora(save(tmp_path / "it.safetensors", {**low(), key: torch.ones(2)}), parts)
