@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import calotype
-from calotype import Request
+from calotype import Request, cli
 from calotype.errors import CalotypeWarning, UsageError
 from calotype.parts import Habit
 from calotype.schedule import PREDICTIONS, SPACINGS, spaced_grid
 from calotype.weights import habits
 from calotype.weights.convert import convert
 from calotype.weights.habits import SAMPLERS, Sort, habit_of
+from calotype.weights.inspect import inspect_model
 
 Copy = Callable[[Path], Path]
 
@@ -126,6 +127,18 @@ def test_a_renamed_file_may_still_say_what_it_was_called(tmp_path: Path) -> None
     habit = habit_of("lora", path, path)
     assert habit is not None
     assert habit.steps == 4
+
+
+def test_inspect_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = empty(tmp_path / "Hyper-SD15-4steps-lora.safetensors")
+    report = inspect_model(path)
+    assert report["few_step"] == {
+        "title": "a Hyper-SD LoRA", "sampler": "ddim", "steps": 4, "guidance": 1.0, "spacing": "trailing"
+    }  # fmt: skip
+    assert "few_step" not in inspect_model(empty(tmp_path / "x.safetensors"))
+    assert cli.main(["inspect", str(path)]) == 0
+    line = "few step:         a Hyper-SD LoRA: sampler ddim, steps 4, guidance 1.0, spacing trailing"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 # ---- in use ----

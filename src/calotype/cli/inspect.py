@@ -46,6 +46,11 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
         if name in report:
             facts = [f"{key} {value}" for key, value in report[name].items() if value is not None]
             yield row(name, ", ".join(facts))
+    if "few_step" in report:
+        title, *facts = [
+            str(value) if key == "title" else f"{key} {value}" for key, value in report["few_step"].items()
+        ]
+        yield row("few step", f"{title}: {', '.join(facts)}")
     for name, part in report.get("parts", {}).items():
         if name not in report:  # the scheduler has a row already
             yield row(name, ", ".join(part_facts(part)))
@@ -58,7 +63,7 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
 
 
 def row(name: str, value: object) -> str:
-    return f"{name + ':':<18}{value}"
+    return f"{name + ':':<17} {value}"
 
 
 def part_facts(part: dict[str, Any]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from calotype.weights.files import metadata, parse_json
 from calotype.weights.source import HUB_ID
 
 Sort = Literal["model", "lora", "motion"]
+SORTS: tuple[Sort, ...] = ("model", "lora", "motion")
 
 HABIT = "calotype.habit"  # in the header of an adapter that calotype distilled
 TABLE = Path(__file__).with_name("habits.json")

@@ -19,6 +19,7 @@ from calotype.weights.compare import check
 from calotype.weights.detect import kind_of, looks_like
 from calotype.weights.files import PICKLES, TensorInfo, header, is_finite, read, read_json, shown, unsafe
 from calotype.weights.folder import SCHEDULER, Folder, Model, available, merged_header, part_header, weight_files
+from calotype.weights.habits import SORTS, habit_of
 from calotype.weights.names import KINDS, Kind
 from calotype.weights.pipeline import Pipeline, defaults_of, read_pipeline, with_class
 from calotype.weights.single_file import SingleFile, is_unused, sections
@@ -37,15 +38,23 @@ def inspect_model(ref: str | Path | None, *, revision: str | None = None, offlin
     """A report, ready for JSON, on a model folder, one part of it, or one .safetensors file.
 
     Always: "source", "looks_like" and "problems", one line each. A whole model also has "family", "pipeline", "parts",
-    "scheduler" and "defaults"; a lone part or file has "parts" with one entry. All weights are read once, for NaN.
+    "scheduler" and "defaults"; a lone part or file has "parts" with one entry. What is known to be a few-step model or
+    adapter has "few_step". All weights are read once, for NaN.
     Raises ModelNotFoundError where there is nothing, UnsafeFileError for a pickle.
     """
     root = source.resolve(ref, revision=revision, offline=offline)
     if root.is_file():
-        return _inspect_file(root)
-    if not (root / "model_index.json").is_file() and (root / "config.json").is_file():
-        return _inspect_part(root)
-    return _inspect_pipeline(root)
+        report = _inspect_file(root)
+    elif not (root / "model_index.json").is_file() and (root / "config.json").is_file():
+        report = _inspect_part(root)
+    else:
+        report = _inspect_pipeline(root)
+    with _noting(report["problems"]):
+        habit = next((found for sort in SORTS if (found := habit_of(sort, ref, root)) is not None), None)
+        if habit is not None:
+            said = {name: value for name, value in asdict(habit).items() if value is not None}
+            report["few_step"] = {"title": said.pop("title"), **said}
+    return report
 
 
 def _inspect_file(path: Path) -> Report:
