@@ -79,6 +79,23 @@ def test_the_table_says_what_requests_understand() -> None:
         Request("a fox", timesteps=row.get("timesteps"), steps=row.get("steps"), guidance=row.get("guidance"))
 
 
+def in_the_docs(row: dict[str, Any]) -> str:
+    """A row of the table as docs/files.md has it."""
+    known = [f"`{repo}`" for repo in row.get("hub", ())]
+    file = row.get("file", "").replace("|", "\\|").replace("(?P<steps>", "(")
+    said = [", ".join(known)] * bool(known) + [f"`{file}`"] * bool(file)
+    more = [f"timesteps {','.join(map(str, row['timesteps']))}"] if "timesteps" in row else []
+    more += [f"{name} {row[name]}" for name in ("spacing", "gamma", "prediction", "size") if name in row]
+    guidance = f"{row['guidance']:g}" if "guidance" in row else "the model's"
+    cells = (row["title"], "; ".join(said), row["sampler"], row.get("steps", "as named"), guidance, ", ".join(more))
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def test_the_page_has_the_table() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "files.md").read_text("utf-8")
+    assert "\n".join(in_the_docs(row) for row in ROWS) in page
+
+
 @pytest.mark.parametrize(("sort", "name", "main", "rest"), PUBLISHED, ids=[each[1] for each in PUBLISHED])
 def test_a_published_name(
     sort: Sort, name: str, main: tuple[str, int, float], rest: dict[str, Any], tmp_path: Path
