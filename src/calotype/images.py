@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from calotype.errors import CalotypeError, OutputError, UsageError
+from calotype.errors import CalotypeError, OutputError, UsageError, missing_package
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -182,7 +182,8 @@ def canny(image: Image.Image, low: float = 100, high: float = 200) -> Image.Imag
     try:
         cv2: Any = import_module("cv2")  # an extra: 90 MB that only pictures of edges need
     except ImportError:
-        raise UsageError("canny needs OpenCV, which is not installed", "pip install 'calotype[control]'") from None
+        hint = missing_package("opencv-python-headless", "control")
+        raise UsageError("canny needs OpenCV, which is not installed", hint) from None
     import numpy as np
 
     return Image.fromarray(cv2.Canny(np.asarray(on_white(image)), low, high)).convert("RGB")
