@@ -85,13 +85,13 @@ def test_a_real_command_at_many_moments(number: signal.Signals, kind: type, code
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True)
     ran = time.monotonic() - ran
     (tmp_path / "x.png").unlink()
-    for i in range(40):
+    for i in range(24):
         process = subprocess.Popen(
             [sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         assert process.stdout is not None
         process.stdout.readline()
-        time.sleep(0.02 + 0.6 * ran * i / 40)
+        time.sleep(0.02 + 0.6 * ran * i / 24)
         process.send_signal(number)
         told = process.communicate(timeout=60)
         word = "interrupted" if number is signal.SIGINT else "terminated"
