@@ -28,7 +28,6 @@ from calotype.images import (
     canny,
     grid,
     open_image,
-    parameters,
     read_metadata,
     resize,
     save_png,
@@ -158,11 +157,6 @@ def test_other_tools_see_text(tmp_path: Path) -> None:
         )
         assert json.loads(image.info["calotype"]) == METADATA
         assert ": " not in image.info["calotype"].replace("fox, ", "")  # compact
-
-
-def test_parameters_leave_out_what_is_unknown() -> None:
-    assert parameters({}) == "\nVersion: calotype"
-    assert parameters({"request": {"prompt": "a\0b"}}) == "ab\nVersion: calotype"
 
 
 def test_no_metadata(tmp_path: Path) -> None:

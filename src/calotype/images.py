@@ -22,6 +22,7 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedIma
 from PIL.PngImagePlugin import PngInfo
 
 from calotype.errors import CalotypeError, OutputError, UsageError, missing_package
+from calotype.parameters import parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -283,27 +284,6 @@ def _replace(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-
-
-def parameters(metadata: Mapping[str, Any]) -> str:
-    """The request in AUTOMATIC1111's form: the prompt, the negative prompt, then a line of names and values."""
-    request, model = metadata.get("request", {}), metadata.get("model", {})
-    lines = [str(request.get("prompt", ""))]
-    if request.get("negative_prompt"):
-        lines.append(f"Negative prompt: {request['negative_prompt']}")
-    size = f"{request['width']}x{request['height']}" if "width" in request and "height" in request else None
-    named = {
-        "Steps": request.get("steps"),
-        "Sampler": request.get("sampler"),
-        "CFG scale": request.get("guidance"),
-        "Seed": request.get("seed"),
-        "Size": size,
-        "Model": model.get("model") if isinstance(model, Mapping) else model,
-        "Clip skip": request.get("clip_skip"),
-        "Version": METADATA_KEY,
-    }
-    lines.append(", ".join(f"{name}: {value}" for name, value in named.items() if value is not None))
-    return "\n".join(lines).replace("\0", "")
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
