@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import json
@@ -601,6 +602,21 @@ def test_an_interruption_leaves_no_file_and_no_traceback(
     assert (shown.out, shown.err) == ("", "error: interrupted\n" if code == 130 else "error: terminated\n")
     assert written(tmp_path) == []
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_interruption_that_a_library_swallowed_is_told_in_the_end(
+    loader: Loader, request: pytest.FixtureRequest
+) -> None:
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, ours))
+
+    def swallow(index: int) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+    loader.at_step = swallow
+    assert main(["a fox"]) == 130
 
 
 def test_exit_codes_have_one_source() -> None:

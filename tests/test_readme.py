@@ -1,9 +1,10 @@
-"""What the README shows is run: its first block of Python, its first commands, and each file it names is there."""
+"""What the README shows is run: its first block of Python, its first commands; files and extras it names exist."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,18 @@ def test_links_and_rooms_exist() -> None:
         name = line.split("  ")[1] if line.startswith("  ") else line.split()[0]
         folder = ROOT / "src" / "calotype" if line.startswith("  ") else ROOT
         assert (folder / name.strip()).exists(), line
+
+
+def test_the_extras_that_are_named_are_there() -> None:
+    """In the README's commands, and in the hints of errors: those name the extra's package too."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    named = {extra for found in re.findall(r'pip install "\.\[([\w,]+)\]"', README) for extra in found.split(",")}
+    assert named == {"control", "video", "test"}
+    assert named <= extras.keys()
+    sources = [path.read_text("utf-8") for path in (ROOT / "src").rglob("*.py")]
+    hints = [
+        hint for text in sources for hint in re.findall(r"missing_package\(['\"](.+?)['\"], ['\"](.+?)['\"]\)", text)
+    ]
+    assert {extra for _, extra in hints} == {"control", "video"}
+    for package, extra in hints:
+        assert [re.split(r"[<>=]", each)[0] for each in extras[extra]] == [package]

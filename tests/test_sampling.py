@@ -382,6 +382,16 @@ def test_draws_are_separate_calls_of_one_generator() -> None:
     assert draw_noise([0], (4, 3, 5), 1)[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**32 + 1, 2**63 - 1, 2**63, 2**63 + 12345, 2**64 - 1])
+def test_a_seed_means_what_it_means_to_torch(seed: int) -> None:
+    """Also to diffusers, where people write torch.manual_seed(seed) or make a generator."""
+    (drawn,) = draw_noise([seed], (4, 8, 8), 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        assert torch.equal(drawn, torch.randn(1, 4, 8, 8))
+    assert torch.equal(drawn, torch.randn(1, 4, 8, 8, generator=torch.Generator("cpu").manual_seed(seed)))
+
+
 def test_drawing_leaves_the_global_generator_alone() -> None:
     state = torch.get_rng_state()
     draw_noise([1], (4, 2, 2), 2)

@@ -189,7 +189,7 @@ def test_mp4_without_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         lambda: save(clip(), tmp_path / "a.mp4", 8),
         lambda: load_frames(tmp_path / "b.mp4"),
     ):
-        with pytest.raises(UsageError, match=r"calotype\[video\]"):
+        with pytest.raises(UsageError, match=r"pip install av, .*'\.\[video\]'"):
             refusing()
 
 

@@ -51,5 +51,10 @@ class OutputError(CalotypeError):
     """The result cannot be written where it was asked for."""
 
 
+def missing_package(package: str, extra: str) -> str:
+    """The hint where a package of an extra is missing; both commands work whether calotype is on an index or not."""
+    return f"pip install {package}, or in calotype's folder: pip install '.[{extra}]'"
+
+
 class CalotypeWarning(UserWarning):
     """Something that goes on, but that the user should know."""

@@ -21,7 +21,8 @@ from typing import IO, TYPE_CHECKING, Any
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from calotype.errors import CalotypeError, OutputError, UsageError
+from calotype.errors import CalotypeError, OutputError, UsageError, missing_package
+from calotype.parameters import parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -182,7 +183,8 @@ def canny(image: Image.Image, low: float = 100, high: float = 200) -> Image.Imag
     try:
         cv2: Any = import_module("cv2")  # an extra: 90 MB that only pictures of edges need
     except ImportError:
-        raise UsageError("canny needs OpenCV, which is not installed", "pip install 'calotype[control]'") from None
+        hint = missing_package("opencv-python-headless", "control")
+        raise UsageError("canny needs OpenCV, which is not installed", hint) from None
     import numpy as np
 
     return Image.fromarray(cv2.Canny(np.asarray(on_white(image)), low, high)).convert("RGB")
@@ -282,27 +284,6 @@ def _replace(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-
-
-def parameters(metadata: Mapping[str, Any]) -> str:
-    """The request in AUTOMATIC1111's form: the prompt, the negative prompt, then a line of names and values."""
-    request, model = metadata.get("request", {}), metadata.get("model", {})
-    lines = [str(request.get("prompt", ""))]
-    if request.get("negative_prompt"):
-        lines.append(f"Negative prompt: {request['negative_prompt']}")
-    size = f"{request['width']}x{request['height']}" if "width" in request and "height" in request else None
-    named = {
-        "Steps": request.get("steps"),
-        "Sampler": request.get("sampler"),
-        "CFG scale": request.get("guidance"),
-        "Seed": request.get("seed"),
-        "Size": size,
-        "Model": model.get("model") if isinstance(model, Mapping) else model,
-        "Clip skip": request.get("clip_skip"),
-        "Version": METADATA_KEY,
-    }
-    lines.append(", ".join(f"{name}: {value}" for name, value in named.items() if value is not None))
-    return "\n".join(lines).replace("\0", "")
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ GUIDANCE_MODES = ("full", "once")
 MAX_PROMPT = 20_000  # characters
 MAX_STEPS = 1000  # the length of every schedule that we know
 MAX_GUIDANCE = 100.0
-MAX_SEED = 2**63 - 1  # what torch's generator takes
+MAX_SEED = 2**64 - 1  # what torch's generator takes, and other programs write
 MAX_N = 64
 MAX_FRAMES = 512  # of a clip; and n clips share the memory
 MAX_CONTROLS = 16
@@ -90,7 +90,8 @@ class Request:
 
     prompt, negative_prompt: text, at most 20,000 characters; the empty one is valid.
     steps: evaluations of the network, 1 to 1000.           guidance: diffusers' guidance_scale, 0 to 100; 1 is none.
-    seed: that of the first picture; picture i is that of seed + i alone.      n: pictures, 1 to 64.
+    seed: torch's, 0 to 2^64 - 1; picture i is that of seed + i alone, of which the last must be in that range.
+    n: pictures, 1 to 64.
     width, height: pixels, multiples of 8, 8 to 8192, at most 4096 x 4096 in all.
     sampler: "lcm", "tcd", "ddim" or "euler".               timesteps: an explicit grid, strictly descending.
     spacing: of ddim's and euler's timesteps: "leading",    "trailing" or "linspace".
@@ -148,6 +149,8 @@ class Request:
             self._set("guidance", _guidance(self.guidance))
         if self.seed is not None:
             hint = "picture i takes the seed + i" if self.n > 1 else None
+            if _whole(self.seed) == -1:
+                hint = "for a random one, which is what -1 means elsewhere, leave seed out"
             self._set("seed", _integer("seed", self.seed, 0, MAX_SEED - (self.n - 1), hint))
         if self.width is not None:
             self._set("width", _side("width", self.width))

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from PIL import Image, UnidentifiedImageError
 
-from calotype.errors import OutputError, UsageError
+from calotype.errors import OutputError, UsageError, missing_package
 from calotype.images import (
     MAX_METADATA,
     MAX_PIXELS,
@@ -245,9 +245,8 @@ def _pyav(what: str) -> Any:
 
 
 def _no_pyav(what: str) -> UsageError:
-    return UsageError(
-        f"MP4 files cannot be {what}: PyAV is not installed", "pip install 'calotype[video]', or take .webp or .gif"
-    )
+    hint = f"take .webp or .gif, or {missing_package('av', 'video')}"
+    return UsageError(f"MP4 files cannot be {what}: PyAV is not installed", hint)
 
 
 def _mp4(frames: Sequence[Image.Image], fps: int, text: str | None) -> bytes:

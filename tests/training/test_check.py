@@ -53,6 +53,28 @@ def test_a_report(folder: Path) -> None:
         assert wanted in text
 
 
+def test_what_was_left_alone_is_named(tmp_path: Path) -> None:
+    data = tmp_path / "10_cat"
+    data.mkdir()
+    for name in ("a.png", "b.gif", "c.gif", "a_512x512_sd.npz", "LICENSE"):
+        (data / name).write_bytes(jpeg())
+    (data / "a.txt").write_text("a cat")
+    (data / "a.caption").write_text("a dog")
+    report = check(data, 512)
+    text = "\n".join(report.lines())
+    for wanted in (
+        "described twice, and differently: 1\n  a.png: a.txt counts, not a.caption\n",
+        "folders named as for kohya's scripts: 10_cat; their repeats are not read\n",
+        "seen and left alone, kinds of files: 3\n",
+        "  .gif (2), such as b.gif: such pictures are not read\n",
+        "  .npz (1), such as a_512x512_sd.npz: kohya's cache of latents\n",
+        "  LICENSE (1), such as LICENSE\n",
+        "ready to train",
+    ):
+        assert wanted in text
+    assert json.loads(json.dumps(report.to_json()))["left"][0] == {"kind": ".gif", "count": 2, "example": "b.gif"}
+
+
 def test_the_square_alone(folder: Path) -> None:
     (folder / "f.png").unlink()
     report = check(folder, 512, buckets=False)

@@ -107,6 +107,137 @@ def test_nothing_there(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
+def put(folder: Path, *files: str | tuple[str, str]) -> Path:
+    """Pictures by their names, and texts."""
+    for file in files:
+        name, text = (file, None) if isinstance(file, str) else file
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(jpeg() if text is None else text.encode())
+    return folder
+
+
+def found(folder: Path) -> dict[str, tuple[str, ...]]:
+    return {one.name: one.captions for one in open_source(folder).examples}
+
+
+@pytest.mark.parametrize("ending", ["txt", "TXT", "caption", "Caption", "text"])
+def test_endings_of_captions(ending: str, tmp_path: Path) -> None:
+    assert found(put(tmp_path, "a.v1.png", (f"a.v1.{ending}", "a fox"))) == {"a.v1.png": ("a fox",)}
+
+
+def test_which_caption_counts(tmp_path: Path) -> None:
+    """Lists of the nearest folder, lists above, texts, JSON; what says something else is named."""
+    put(tmp_path, *(f"{name}.png" for name in "abcde"), "deep/a.png", "deep/b.png")
+    put(tmp_path, ("a.txt", "text"), ("a.caption", "other"), ("b.text", "same"), ("b.caption", "same"))
+    put(tmp_path, ("c.json", '{"prompt": "json"}'), ("d.json", '{"tags": 3}'), ("a.json", "unread, and no JSON"))
+    put(tmp_path, ("e.txt", "text"), ("deep/b.txt", "deep list"))
+    put(tmp_path, ("metadata.csv", "file_name,text\ne.png,list\ndeep/a.png,list above\n"))
+    put(tmp_path, ("deep/metadata.jsonl", '{"file_name": "a.png", "text": "deep list"}'))
+    source = open_source(tmp_path)
+    assert {one.name: one.captions for one in source.examples} == {
+        "deep/a.png": ("deep list",),
+        "e.png": ("list",),
+        "a.png": ("text",),
+        "b.png": ("same",),
+        "c.png": ("json",),
+        "deep/b.png": ("deep list",),
+    }
+    assert source.uncaptioned == 1
+    assert source.differing == (
+        "deep/a.png: deep/metadata.jsonl counts, not metadata.csv",
+        "a.png: a.txt counts, not a.caption",
+        "e.png: metadata.csv counts, not e.txt",
+    )
+    assert [str(each) for each in source.left] == [".json (2), such as a.json: no picture's caption"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.csv", '\ufefffile_name,text\r\na.png,"a ""cat"", red\nand blue"\r\nsub/b.png,a dog\r\n'),
+        ("metadata.csv", 'id;caption; file_name\n1;"a ""cat"", red\nand blue";a.png\n2;a dog;sub\\b.png'),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "prompt": "a \\"cat\\", red\\nand blue"}\n'
+            '{"file_name": "./sub/b.png", "text": "a dog"}',
+        ),
+        (
+            "metadata.json",
+            '{"a": {"caption": "a \\"cat\\"", "tags": "red\\nand blue"}, "/data/x/sub/b.png": {"tags": "a dog"}}',
+        ),
+        (
+            "metadata.json",
+            '{"C:\\\\x\\\\a": {"tags": "a \\"cat\\", red\\nand blue"}, "/b": {"caption": "a dog", "tags": ""}}',
+        ),
+    ],
+)
+def test_lists_of_captions(name: str, text: str, tmp_path: Path) -> None:
+    put(tmp_path, "a.png", "sub/b.png", "c.png", (name, text))
+    assert found(tmp_path) == {"a.png": ('a "cat", red\nand blue',), "sub/b.png": ("a dog",)}
+    assert (open_source(tmp_path).uncaptioned, open_source(tmp_path).left) == (1, ())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "metadata.csv",
+            "image,text\na.png,x",
+            r"has the columns image, text: must have file_name and one of",
+        ),
+        ("metadata.csv", "file_name,label\na.png,x", "has the columns file_name, label: must have"),
+        ("metadata.csv", "file_name,text\na.png", r"metadata\.csv line 2 is not a caption"),
+        ("metadata.csv", "file_name,text\na.png,a cat, red", "line 2 has more than the 2 columns"),
+        ("metadata.csv", 'file_name,text\na.png,"a cat', "is not CSV, after line 1: unexpected end of data"),
+        ("metadata.csv", "file_name,text\ngone.png,a cat\n", r"line 2 names gone\.png, which is not there"),
+        ("metadata.csv", "file_name,text\n", r"and 1 without a caption; \.csv \(1\), such as metadata\.csv"),
+        ("metadata.csv", "file_name,text\na.png," + "x" * 200_000, "is not CSV, after line 1: field larger than"),
+        ("metadata.json", '{"gone": {"caption": "x"}}', r"json entry 'gone' names gone, which is not there"),
+        ("metadata.json", '{"a": {"caption": "x"}, "b": 3}', r"json entry 'b' is not a caption: 3"),
+        ("metadata.json", '{"a": {"caption": "x"}', "metadata.json is not a caption"),
+        ("metadata.json", '["another program\'s"]', r"and 1 without a caption; \.json \(1\)"),
+        ("a.json", "{", r"a\.json is not a caption"),
+        ("metadata.parquet", "", r"\.parquet \(1\), such as metadata\.parquet: tables are not read"),
+    ],
+)
+def test_bad_lists(name: str, text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        open_source(put(tmp_path, "a.png", (name, text)))
+
+
+def test_a_name_that_fits_two_pictures(tmp_path: Path) -> None:
+    put(tmp_path, "x/1.png", "y/1.png", ("metadata.json", '{"/there/x/1.png": {"caption": "whole"}}'))
+    assert found(tmp_path) == {"x/1.png": ("whole",)}
+    put(tmp_path, ("metadata.json", '{"/there/1.png": {"caption": "whole"}}'))
+    with pytest.raises(UsageError, match=r"names /there/1\.png, which may be x/1\.png or y/1\.png"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
+@pytest.mark.parametrize("name", ["a.txt", "a.caption", "a.json", "metadata.csv", "metadata.jsonl", "metadata.json"])
+def test_other_encodings(name: str, encoding: str, tmp_path: Path) -> None:
+    put(tmp_path, "a.png")
+    (tmp_path / name).write_bytes("file_name,text\na.png,gr\u00fcn".encode(encoding))
+    with pytest.raises(UsageError, match=rf"{name} is not text in UTF-8") as caught:
+        open_source(tmp_path)
+    assert caught.value.hint == "save it as UTF-8"
+
+
+def test_an_unreadable_text_of_a_picture_that_a_list_names(tmp_path: Path) -> None:
+    put(tmp_path, "a.png", ("metadata.csv", "file_name,text\na.png,a cat"))
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    assert found(tmp_path) == {"a.png": ("a cat",)}
+    assert [each.kind for each in open_source(tmp_path).left] == [".txt"]
+
+
+def test_tars_and_what_lies_beside_them(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", members(1))
+    put(tmp_path, "a.png", ("0.parquet", ""), ("0_stats.json", "{}"))
+    source = open_source(tmp_path)
+    assert [one.name for one in source.examples] == ["0.tar:1.jpg"]
+    assert [each.kind for each in source.left] == [".json", ".parquet", ".png"]
+
+
 # ---- prompts ----
 
 
@@ -119,7 +250,7 @@ def test_prompts(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"file_name": "a.png", "text": "a fox"}')
     with pytest.raises(UsageError, match="line 1 names a picture"):
         open_source(tmp_path / "p.jsonl")
-    (tmp_path / "p.jsonl").write_text('{"caption": "a fox"}')
+    (tmp_path / "p.jsonl").write_text('{"title": "a fox"}')
     with pytest.raises(UsageError, match="line 1 is not a caption"):
         open_source(tmp_path / "p.jsonl")
     (tmp_path / "p.txt").write_text("\n")
@@ -227,7 +358,7 @@ def test_damaged_tars(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"s\.tar\.gz is compressed"):
             open_source(path)
     write_tar(tmp_path / "t.tar", [("1.jpg", jpeg()), ("1.txt", b"\xff")])
-    with pytest.raises(UsageError, match=r"t\.tar:1\.txt is not a caption"):
+    with pytest.raises(UsageError, match=r"t\.tar:1\.txt is not text in UTF-8"):
         open_source(tmp_path / "t.tar")
     write_tar(tmp_path / "t.tar", [("1.jpg", jpeg())])
     with pytest.raises(UsageError, match=r"t\.tar has no captioned pictures, and 1 without a caption"):

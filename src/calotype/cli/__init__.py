@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from calotype.cli import report
+from calotype.cli.interruption import Terminated, interruptible
 
 # Command -> where its function is. Its signature makes the options, its docstring the help text.
 COMMANDS = {
@@ -33,10 +32,6 @@ COMMANDS = {
 }
 DEFAULT_COMMAND = "generate"
 ROOT_OPTIONS = ("-h", "--help", "--version")
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived. Like KeyboardInterrupt it passes through `except Exception`, and every `finally` runs."""
 
 
 class CommandGroup(TyperGroup):
@@ -123,15 +118,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     state: dict[str, Any] = {"debug": False}
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a path may hold bytes that are no text
-    with _terminable(), _warnings_as_lines():
+    with interruptible() as interruption, _warnings_as_lines():
         try:
             command = typer.main.get_command(app)
             code = command.main(arguments, prog_name="calotype", standalone_mode=False, obj=state)
+            interruption.check()
             _flush_stdout()
         except (BrokenPipeError, SystemExit):  # the reader of stdout went away; typer makes that a SystemExit
             return 1
         except (KeyboardInterrupt, Terminated, Exception) as error:
-            return report.failure(error, debug=state["debug"])
+            return report.failure(interruption.error or error, debug=state["debug"])
     if code == 130:  # typer has caught the KeyboardInterrupt
         return report.failure(KeyboardInterrupt(), debug=False)
     return code if isinstance(code, int) else 0
@@ -145,23 +141,6 @@ def _flush_stdout() -> None:
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
         raise
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM unwinds the stack, as Ctrl-C does, so that temporary files go."""
-
-    def terminate(number: int, frame: object) -> None:
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

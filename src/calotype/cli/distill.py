@@ -318,7 +318,7 @@ class Signals:
 
     def answer(self) -> None:
         """Raises what the signal means."""
-        from calotype.cli import Terminated
+        from calotype.cli.interruption import Terminated
 
         if self._number == signal.SIGTERM:
             raise Terminated

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from calotype.errors import UsageError
+from calotype.training.folders import Left
 from calotype.training.pictures import Size, enlarged, sizes_for, too_many, views
 from calotype.training.sources import Example, Source, open_source
 
@@ -40,6 +41,9 @@ class Report:
     buckets: tuple[tuple[Size, int], ...]  # what pictures are cut to, and how many to each
     duplicates: tuple[tuple[str, ...], ...]  # names of pictures with the same bytes
     broken: tuple[tuple[str, str], ...]  # name, reason
+    left: tuple[Left, ...]  # files that were seen and left alone
+    differing: tuple[str, ...]  # pictures that two files describe differently, and which counts
+    repeats: tuple[str, ...]  # folders that are named as kohya's
 
     @property
     def passes(self) -> bool:
@@ -71,6 +75,10 @@ class Report:
         for size, count in self.buckets:
             found.append(f"  {_size(size):>9} {count:>7} {'#' * max(1, round(30 * count / most))}")
         found += _listed("with the same bytes as another", [" = ".join(names) for names in self.duplicates])
+        found += _listed("described twice, and differently", self.differing)
+        if self.repeats:
+            found.append(f"folders named as for kohya's scripts: {', '.join(self.repeats)}; their repeats are not read")
+        found += _listed("seen and left alone, kinds of files", [str(each) for each in self.left])
         found += _listed("broken", [reason for _, reason in self.broken])
         found.append("ready to train" if self.passes else "too many are broken: at most 1 in 100 is left out")
         return found
@@ -163,4 +171,7 @@ def _report(source: Source, seen: Sequence[_Seen], resolution: int) -> Report:
         buckets=tuple(sorted(Counter(bucket for _, bucket in whole).items(), key=lambda each: each[0][1])),
         duplicates=tuple(tuple(names) for names in same.values() if len(names) > 1),
         broken=tuple((one.name, one.reason) for one in seen if one.reason is not None),
+        left=source.left,
+        differing=source.differing,
+        repeats=source.repeats,
     )

@@ -11,22 +11,22 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from calotype.errors import OutputError, UsageError
+from calotype.training.captions import LISTS, TEXTS, beside, read_text
+from calotype.training.captions import prompts as in_jsonl
+from calotype.training.folders import PICTURES, Left, left_alone, search, visible
 
-PICTURES = ("png", "jpg", "jpeg", "webp")
-CAPTIONS = ("txt", "caption", "text")  # a member of a tar that is a caption, the best name first; json comes after them
 COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tbz2", ".txz", ".tzst")
 MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 BLOCK = 512  # bytes: a tar consists of blocks, and ends with blocks of zeros
-INDEX = 1  # version of the index's format
+INDEX = 2  # version of the index's format
 
 DATA = "DATA is a folder of captioned pictures, WebDataset tars (name-{000..012}.tar), or a .txt or .jsonl of prompts"
-LINE = 'each line looks like {"file_name": "a.png", "text": "a red apple"}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,9 @@ class Source:
     examples: tuple[Example, ...] = ()
     prompts: tuple[str, ...] = ()  # the pictures of which the teacher is to draw
     uncaptioned: int = 0  # pictures that nothing describes: they are left out
+    left: tuple[Left, ...] = ()  # other files in the folder
+    differing: tuple[str, ...] = ()  # pictures that two files describe differently, and which counts
+    repeats: tuple[str, ...] = ()  # folders named as kohya's are, for how often to see their pictures
 
 
 def open_source(path: Path, cache: Path | None = None) -> Source:
@@ -77,7 +80,7 @@ def open_source(path: Path, cache: Path | None = None) -> Source:
     if not path.is_file():
         raise UsageError(f"{path} is not there", hint=DATA)
     if kind in (".txt", ".jsonl"):
-        prompts = tuple(_lines(path) if kind == ".txt" else _json_prompts(path))
+        prompts = tuple(_lines(path) if kind == ".txt" else in_jsonl(path))
         if not prompts:
             raise UsageError(f"{path} holds no prompts", hint="write one on each line")
         return Source(path, prompts=prompts)
@@ -88,120 +91,27 @@ def open_source(path: Path, cache: Path | None = None) -> Source:
 
 
 def _open_folder(folder: Path, cache: Path | None) -> Source:
-    metadata = folder / "metadata.jsonl"
-    if metadata.exists():
-        examples = _from_metadata(metadata)
-        named = {os.path.normpath(example.file) for example in examples}
-        uncaptioned = sum(os.path.normpath(picture) not in named for picture in _pictures(folder))
-    else:
+    if not any((folder / name).exists() for name in LISTS[:2]):
         names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-        if tars := [folder / name for name in names if name.lower().endswith(".tar")]:
-            return _open_tars(folder, tars, cache)
+        if tars := [name for name in names if name.lower().endswith(".tar")]:
+            source = _open_tars(folder, [folder / name for name in tars], cache)
+            return replace(source, left=left_alone(name for name in visible(folder) if name not in tars))
         if packed := [name for name in names if name.lower().endswith(COMPRESSED)]:
             raise _compressed(folder / packed[0])
-        pictures = list(_pictures(folder))
-        examples = [
-            Example(picture.relative_to(folder).as_posix(), (_text(caption),), picture)
-            for picture in pictures
-            if (caption := picture.with_suffix(".txt")).is_file()
-        ]
-        uncaptioned = len(pictures) - len(examples)
-    if not examples:
+    found = search(folder)
+    if not found.captioned:
         raise UsageError(
-            f"{folder} has no captioned pictures" + (f", and {uncaptioned} without a caption" if uncaptioned else ""),
+            f"{folder} has no captioned pictures"
+            + (f", and {len(found.uncaptioned)} without a caption" if found.uncaptioned else "")
+            + "".join(f"; {each}" for each in found.left),
             hint="put a metadata.jsonl there, or a .txt with the caption beside each picture",
         )
-    return Source(folder, tuple(examples), uncaptioned=uncaptioned)
-
-
-def _pictures(folder: Path) -> Iterator[Path]:
-    """The pictures in a folder and below, sorted; without hidden ones, such as the ._a.png that macOS leaves."""
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix[1:].lower() in PICTURES and not hidden and path.is_file():
-            yield path
-
-
-def _from_metadata(path: Path) -> list[Example]:
-    """The examples that a metadata.jsonl names. UsageError for a line that is none, and for missing pictures."""
-    examples: list[Example] = []
-    missing: list[tuple[int, str]] = []
-    for number, row in _rows(path, LINE):
-        name, captions = row.get("file_name"), _captions(row.get("text"))
-        if not isinstance(name, str) or not captions:
-            raise _no_caption(path, number, json.dumps(row), LINE)
-        if not (path.parent / name).is_file():
-            missing.append((number, name))
-        examples.append(Example(name, captions, path.parent / name))
-    if not missing:
-        return examples
-    number, name = missing[0]
-    if len(missing) == len(examples) > 1:
-        raise UsageError(
-            f"none of the {len(missing)} pictures that {path} names is there (the first is {name})",
-            hint="file_name is relative to the folder of metadata.jsonl",
-        )
-    others = f" ({len(missing)} pictures are missing)" if len(missing) > 1 else ""
-    raise UsageError(
-        f"{path} line {number} names {name}, which is not there{others}",
-        hint="take the line out, or put the picture there",
-    )
-
-
-# ---- prompts ----
-
-
-def _json_prompts(path: Path) -> Iterator[str]:
-    hint = 'each line looks like {"text": "a red apple"}'
-    for number, row in _rows(path, hint):
-        if "file_name" in row:
-            raise UsageError(
-                f"{path} line {number} names a picture: as DATA, a .jsonl holds prompts alone",
-                hint="give the folder of pictures, with this file in it as metadata.jsonl",
-            )
-        captions = _captions(row.get("text"))
-        if not captions:
-            raise _no_caption(path, number, json.dumps(row), hint)
-        yield from captions
-
-
-def _rows(path: Path, hint: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a .jsonl file and the numbers of their lines."""
-    for number, line in enumerate(_text(path).split("\n"), start=1):  # not splitlines: JSON may hold U+2028 as it is
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path} line {number} is not a caption: {error}", hint=hint) from error
-        if not isinstance(row, dict):
-            raise _no_caption(path, number, line, hint)
-        yield number, row
-
-
-def _no_caption(path: Path, number: int, line: str, hint: str) -> UsageError:
-    return UsageError(f"{path} line {number} is not a caption: {line[:60]}", hint=hint)
-
-
-def _captions(value: object) -> tuple[str, ...]:
-    """A caption or a list of them, as JSON has it; empty where it is neither."""
-    found = value if isinstance(value, list) else [value]
-    texts = tuple(each.strip() for each in found if isinstance(each, str))
-    return texts if len(texts) == len(found) else ()
+    examples = tuple(Example(name, captions, folder / name) for name, captions in found.captioned)
+    return Source(folder, examples, (), len(found.uncaptioned), found.left, found.differing, found.repeats)
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in _text(path).splitlines() if line.strip()]
-
-
-def _text(path: Path) -> str:
-    """A text file's content, without a byte order mark and the space around it."""
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not text in UTF-8: {error.reason}", hint="save it as UTF-8") from error
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {_reason(error)}") from error
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 # ---- tars ----
@@ -342,21 +252,12 @@ def _pairs(tar: Path, samples: Sequence[_Sample]) -> dict[str, Any]:
     return {"pictures": pictures, "uncaptioned": uncaptioned}
 
 
-def _described(tar: Path, file: int, sample: _Sample) -> tuple[str, ...]:
+def _described(tar: Path, file: int, sample: _Sample) -> Sequence[str]:
     """A sample's captions; empty where it has none."""
-    for kind in (*CAPTIONS, "json"):
-        if kind not in sample:
-            continue
-        member = sample[kind]
-        try:
-            text = os.pread(file, member.size, member.offset_data).decode("utf-8-sig").strip()
-            if kind != "json":
-                return (text,)
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{tar}:{member.name} is not a caption: {error}", hint="it must be UTF-8") from error
-        if isinstance(row, dict):
-            return _captions(row.get("text")) or _captions(row.get("caption"))
+    for kind in (*TEXTS, "json"):
+        if kind in sample:
+            member = sample[kind]
+            return beside(kind, os.pread(file, member.size, member.offset_data), f"{tar}:{member.name}")
     return ()
 
 

@@ -1,16 +1,13 @@
 """Takes the tensors out of a pickle, in a process of its own that has no more memory, time and disk than they need.
 
-PyTorch reads it with weights_only=True: tensors and plain containers are made, nothing that the file names is called. A
-few harmless names that real checkpoints carry along are answered with something inert.
+calotype.weights.pickles reads it: tensors and plain containers are made, nothing that the file names is called.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +17,10 @@ from calotype.weights.files import header, shown
 SECONDS, BYTES_A_SECOND = 120, 20_000_000  # the least time, and how fast a slow disk is
 SPARE = 2**30  # bytes of memory beside what holds the file
 MOST = 4  # times the file's size: more than that is written of no honest file
+DEEPEST = 4  # levels of wrappers
 
-# What checkpoints of training runs refer to beside tensors. It is never imported: it becomes nothing.
-INERT = (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "pytorch_lightning.utilities.apply_func.move_data_to_device",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.dtype",
-)
+# What training runs call the weights among other things; the first counts wherever it is.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "network", "params", "params_ema", "ema")
 
 
 def unpickle(path: Path, output: Path) -> None:
@@ -52,58 +44,85 @@ def unpickle(path: Path, output: Path) -> None:
 
 
 def main(path: Path, output: Path) -> None:
-    import torch
-
+    from calotype.weights import pickles
     from calotype.weights.write import Pending, write_safetensors
 
     _limit(path.stat().st_size)
-    torch.serialization.add_safe_globals([(_Inert, name) for name in INERT])
-    try:
-        with path.open("rb") as file:  # for a path that ends in .safetensors PyTorch would take another reader
-            mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
-            source = path if mapped else file
-            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # it raises all sorts, and says in several lines how to be less careful
-        refused = re.search(r"GLOBAL ([\w.]{1,100})|Unsupported operand \d+", str(error))
-        reason = "" if refused is None else f": it asks for {refused[1]}" if refused[1] else f": {refused[0].lower()}"
-        raise CheckpointError(f"it is no pickle of tensors alone{reason}") from None
-    tensors = tensors_of(content)
+    tensors = tensors_of(pickles.read(path))
     if sum(tensor.nbytes for tensor in tensors.values()) > MOST * path.stat().st_size:
         raise CheckpointError("its tensors are far larger than the file")
-    write_safetensors(output, {name: Pending.of(tensor.detach()) for name, tensor in tensors.items()}, {})
-
-
-class _Inert:
-    """Stands for an object that no tensor needs."""
-
-    def __init__(self, *arguments: object) -> None:
-        pass
+    write_safetensors(output, {name: Pending.of(tensor) for name, tensor in tensors.items()}, {})
 
 
 def tensors_of(content: Any) -> dict[str, Any]:
-    """The named tensors in what torch.save has saved: a state dict, alone or in a training run's checkpoint."""
+    """The named tensors in what `pickles.read` gives: a state dict, alone or in a training run's checkpoint."""
     import torch
 
+    from calotype.weights.pickles import Array, Inert, Parameters
     from calotype.weights.write import NAMES
 
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise CheckpointError(f"it holds a {type(content).__name__}, not tensors by name")
+    content = _unwrapped(content)
     if isinstance(content.get("string_to_param"), dict):  # a textual inversion: in safetensors it has this name
         content = dict(zip(("emb_params",), content["string_to_param"].values(), strict=False))
     found = {}
-    for name, value in content.items():
-        if isinstance(value, int | float | str | None):
+    items = list(content.items())
+    for name, value in items:
+        if isinstance(value, Parameters):
+            items += [(f"{name}.{inner}", parameter) for inner, parameter in value.items()]
+            continue
+        if isinstance(value, int | float | str | bytes | Inert | None):
             continue  # step counts and the like
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
-            raise CheckpointError(f"{shown(name)} is a {type(value).__name__}, not a tensor")
-        if value.dtype not in NAMES:
-            raise CheckpointError(f"{shown(name)} holds {value.dtype}, which is not supported")
-        found[name] = value
+        tensor = value.tensor if isinstance(value, Array) else value
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{shown(name)} is a {_kind(value)}, not a tensor")
+        if tensor.dtype not in NAMES:
+            raise CheckpointError(f"{shown(name)} holds {tensor.dtype}, which is not supported")
+        found[name] = tensor
     if not found:
         raise CheckpointError("it holds no tensors")
     return found
+
+
+def _unwrapped(content: Any) -> dict[Any, Any]:
+    """The innermost of WRAPPERS, where exactly one of them holds tensors; "state_dict" counts before the others."""
+    for _ in range(DEEPEST):
+        if not isinstance(content, dict):
+            break
+        if isinstance(content.get(WRAPPERS[0]), dict):
+            content = content[WRAPPERS[0]]
+            continue
+        holding = [] if _has_tensors(content) else [name for name in WRAPPERS if _holds(content.get(name))]
+        if len(holding) > 1:
+            raise CheckpointError(
+                f"it holds several sets of tensors, and does not say which counts: {', '.join(holding)}"
+            )
+        if not holding:
+            break
+        content = content[holding[0]]
+    if not isinstance(content, dict):
+        raise CheckpointError(f"it holds a {_kind(content)}, not tensors by name")
+    return content
+
+
+def _holds(value: Any, depth: int = DEEPEST) -> bool:
+    """Whether a dict has tensors, or a wrapper that has."""
+    return (
+        isinstance(value, dict)
+        and depth > 0
+        and (_has_tensors(value) or any(_holds(value.get(name), depth - 1) for name in WRAPPERS))
+    )
+
+
+def _has_tensors(value: dict[Any, Any]) -> bool:
+    import torch
+
+    from calotype.weights.pickles import Array, Parameters
+
+    return any(isinstance(each, torch.Tensor | Array | Parameters) for each in value.values())
+
+
+def _kind(value: object) -> str:
+    return "dict" if isinstance(value, dict) else type(value).__name__
 
 
 def _limit(size: int) -> None:
