@@ -287,7 +287,7 @@ def test_a_hostile_pickle_runs_nothing(inside: bool, tmp_path: Path) -> None:
         ({"a": {"b": torch.ones(1)}}, "'a' is a dict, not a tensor"),
         ({1: torch.ones(1)}, "1 is a Tensor, not a tensor"),
         ({"a": torch.ones(1, dtype=torch.complex64)}, "torch.complex64, which is not supported"),
-        ({"a": torch.ones(2, 2).to_sparse()}, "it asks for torch._utils._rebuild_sparse_tensor"),
+        ({"a": torch.ones(2, 2).to_sparse()}, "'a' is a Tensor, not a tensor"),
         ({"a": torch.ones(1).expand(10**9)}, "far larger than the file"),
     ],
     ids=range(7),
