@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from calotype import cli
-from calotype.errors import CheckpointError, OutputError, UsageError
+from calotype.errors import CalotypeWarning, CheckpointError, OutputError, UsageError
 from calotype.text.tokenizer import TABLES, clip_tables
 from calotype.weights import unpickle as unpickling
 from calotype.weights import write
@@ -330,6 +331,76 @@ def test_a_pickled_model_becomes_a_folder(tiny_sd15: Path, tmp_path: Path) -> No
     assert listing(tmp_path) == ["x.ckpt", "x.safetensors"]
     convert(tmp_path / "x.ckpt", tmp_path / "half.safetensors", dtype=torch.float16)
     assert {tensor.dtype for tensor in load_file(tmp_path / "half.safetensors").values()} == {torch.float16}
+
+
+# ---- folders of pickles ----
+
+
+def pickle_weights(folder: Path, variant: str = "", shards: bool = False) -> None:
+    """A folder's weights as .bin files, as diffusers and transformers once wrote them."""
+    for file in sorted(folder.rglob("*.safetensors")):
+        stem = {"model": "pytorch_model"}.get(file.stem, file.stem)
+        tensors = load_file(file)
+        file.unlink()
+        if not shards:
+            torch.save(tensors, file.with_name(f"{stem}{variant}.bin"))
+            continue
+        names, where = sorted(tensors), {}
+        for i, some in enumerate((names[::2], names[1::2]), start=1):
+            shard = f"{stem}{variant}-0000{i}-of-00002.bin"
+            torch.save({name: tensors[name] for name in some}, file.with_name(shard))
+            where |= dict.fromkeys(some, shard)
+        index = {"metadata": {"total_size": 1}, "weight_map": where}
+        file.with_name(f"{stem}.bin.index{variant}.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(("variant", "shards"), [("", False), (".fp16", False), ("", True), (".fp16", True)])
+def test_a_folder_of_pickles(variant: str, shards: bool, copy_of: Any, tiny_sd15: Path, tmp_path: Path) -> None:
+    folder = copy_of(tiny_sd15)
+    pickle_weights(folder, variant, shards)
+    (folder / "safety_checker").mkdir()
+    (folder / "v1-5-pruned.ckpt").write_bytes(b"another program's")
+    (folder / "unet" / "random_states_0.pkl").write_bytes(b"not tensors")
+    with pytest.warns(CalotypeWarning, match=r"left out: unet/random_states_0\.pkl, v1-5-pruned\.ckpt$"):
+        convert(folder, tmp_path / "new")
+    a, b = load_parts(tiny_sd15), load_parts(tmp_path / "new", variant=variant[1:] or None)
+    assert same(a.unet, b.unet)
+    assert same(a.vae, b.vae)
+    assert same(a.text.models[0], b.text.models[0])
+    suffixes = {path.suffix for path in (tmp_path / "new").rglob("*") if path.is_file()}
+    assert not suffixes & {".bin", ".ckpt", ".pkl"}
+    assert (tmp_path / "new" / "model_index.json").read_text() == (tiny_sd15 / "model_index.json").read_text()
+    theirs = UNet2DConditionModel.from_pretrained(tmp_path / "new" / "unet", variant=variant[1:] or None)
+    assert same(theirs, a.unet)
+
+
+def test_a_folder_with_both(copy_of: Any, tiny_sd15: Path, tmp_path: Path) -> None:
+    """A .safetensors file counts before its .bin; --dtype is for all."""
+    folder = copy_of(tiny_sd15)
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"not read")
+    text = folder / "text_encoder" / "model.safetensors"
+    torch.save(load_file(text), text.with_name("pytorch_model.bin"))
+    text.unlink()
+    convert(folder, tmp_path / "new", dtype=torch.float16)
+    found = {p.name: load_file(p) for p in (tmp_path / "new").rglob("*.safetensors")}
+    assert found.keys() == {"model.safetensors", "diffusion_pytorch_model.safetensors"}
+    for tensors in found.values():
+        assert {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} == {torch.float16}
+
+
+def test_one_bad_pickle_and_nothing_is_written(copy_of: Any, tiny_sd15: Path, tmp_path: Path) -> None:
+    folder = copy_of(tiny_sd15)
+    pickle_weights(folder)
+    torch.save({"a": Hostile(tmp_path / "owned")}, folder / "vae" / "diffusion_pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"vae/diffusion_pytorch_model\.bin cannot be converted: it is no"):
+        convert(folder, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_folder_without_pickles_is_no_folder_of_pickles(tiny_sd15: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is no name for a single file"):
+        convert(tiny_sd15, tmp_path / "new")
 
 
 # ---- the writer ----

@@ -40,8 +40,8 @@ def convert(
 ) -> None:
     """Write a model in another layout: a folder as a single file, a single file as a folder, a pickle as either.
 
-    Single files are in the layout of the original Stable Diffusion checkpoints. Of a pickle only tensors are taken, in
-    a process of its own. Prints OUT.
+    A folder whose weights are .bin files becomes one of .safetensors files. Single files are in the layout of the
+    original Stable Diffusion checkpoints. Of a pickle only tensors are taken, in a process of its own. Prints OUT.
     """
     if half and dtype not in (None, "float16"):
         raise UsageError(f"--half and --dtype {dtype} contradict each other", "give one of them")

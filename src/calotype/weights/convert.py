@@ -20,6 +20,7 @@ from calotype.weights import ldm, load, source
 from calotype.weights.files import HEADER_LIMIT, PICKLES, header, is_pickle, metadata, read
 from calotype.weights.folder import SCHEDULER, Folder, Model
 from calotype.weights.names import KINDS
+from calotype.weights.pickled_folder import convert_folder, has_pickles
 from calotype.weights.single_file import EMBEDDED, SingleFile, table
 from calotype.weights.texts import INPAINTING_CHANNELS
 from calotype.weights.unpickle import unpickle
@@ -51,15 +52,18 @@ def convert(
 ) -> Path:
     """Writes a model in another layout and gives `output`, whose name says which: a .safetensors file, or a folder.
 
-    A folder (or Hub id) becomes a single file, a single file a folder, a pickle either; any .safetensors file can get
-    another `dtype`. `force` lets `output` be replaced; a folder only if it is a model's. Whatever fails, nothing is
-    half-written. Raises ModelNotFoundError, CheckpointError, UsageError, OutputError.
+    A folder (or Hub id) becomes a single file, a single file a folder, a pickle either, and a folder of pickles one of
+    .safetensors files; any .safetensors file can get another `dtype`. `force` lets `output` be replaced; a folder only
+    if it is a model's. Whatever fails, nothing is half-written. Raises ModelNotFoundError, CheckpointError, UsageError,
+    OutputError.
     """
     if output.suffix.lower() in PICKLES:
         raise UsageError(f"{str(output)!r} would be a pickle", "end it in .safetensors, or name a folder")
     path = source.resolve(ref, revision=revision, variant=variant, offline=offline)
     _check_output(output, path, force)
-    if path.is_dir():
+    if path.is_dir() and output.suffix.lower() != SUFFIX and has_pickles(path):
+        convert_folder(path, output, dtype)
+    elif path.is_dir():
         if output.suffix.lower() != SUFFIX:
             raise UsageError(f"{str(output)!r} is no name for a single file", f"end it in {SUFFIX}")
         write_single_file(Folder(path, variant, prediction=prediction), output, dtype)
