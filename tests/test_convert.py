@@ -299,6 +299,23 @@ def test_other_content_is_refused(content: object, message: str, tmp_path: Path)
     assert listing(tmp_path) == ["x.ckpt"]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"<!DOCTYPE html><title>Sign in</title>", "is a web page, not a model"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        (b"GGUF" + bytes(100), "is a GGUF file"),
+        (b"\x02" + bytes(7) + b"{}", "is a safetensors file under a pickle's name"),
+    ],
+)
+def test_what_is_no_pickle_is_told_as_what_it_is(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        convert(tmp_path / "x.bin", tmp_path / "x.safetensors")
+    assert listing(tmp_path) == ["x.bin"]
+
+
 def test_a_damaged_pickle_is_refused(tmp_path: Path) -> None:
     torch.save(WEIGHTS, tmp_path / "x.pth")
     (tmp_path / "x.pth").write_bytes((tmp_path / "x.pth").read_bytes()[:300])

@@ -17,7 +17,7 @@ from calotype.nn.tiny_vae import AutoencoderTiny
 from calotype.nn.unet import UNet
 from calotype.text.tokenizer import TABLES, clip_tables
 from calotype.weights import ldm, load, source
-from calotype.weights.files import HEADER_LIMIT, PICKLES, header, is_pickle, metadata, read
+from calotype.weights.files import HEADER_LIMIT, PICKLES, header, is_pickle, metadata, no_pickle, read
 from calotype.weights.folder import SCHEDULER, Folder, Model
 from calotype.weights.names import KINDS
 from calotype.weights.pickled_folder import convert_folder, has_pickles
@@ -69,6 +69,8 @@ def convert(
         write_single_file(Folder(path, variant, prediction=prediction), output, dtype)
     elif not is_pickle(path):
         _convert_file(path, output, dtype, prediction)
+    elif (other := no_pickle(path, path.with_suffix(SUFFIX))) is not None:
+        raise other
     else:
         with tempfile.TemporaryDirectory(prefix=".", dir=output.parent) as folder:
             unpickled = Path(folder) / f"{path.stem}{SUFFIX}"

@@ -208,7 +208,7 @@ def _not_safetensors(path: Path, prefix: bytes, length: int, size: int) -> Check
         return _lfs(str(path))
     if _starts_as_pickle(prefix):
         return unsafe(path)
-    if prefix and (other := _no_pickle(path, path)) is not None:
+    if prefix and (other := no_pickle(path, path)) is not None:
         return other
     if len(prefix) < 8:
         return CheckpointError(f"{path} has {size} bytes; a safetensors file has at least 8", REFETCH)
@@ -228,7 +228,7 @@ def unsafe(path: Path | str) -> CheckpointError:
     first = f"{path} is a pickle, which can run code when it is read; only .safetensors files are read"
     remedy = "convert it once"
     if path.suffix.lower() in PICKLES:
-        if (other := _no_pickle(path, target)) is not None:
+        if (other := no_pickle(path, target)) is not None:
             return other
         if target.is_file():
             return UnsafeFileError(first, f"it was converted already, it seems: give {target}")
@@ -240,7 +240,7 @@ def unsafe(path: Path | str) -> CheckpointError:
     )
 
 
-def _no_pickle(path: Path, target: Path) -> CheckpointError | None:
+def no_pickle(path: Path, target: Path) -> CheckpointError | None:
     """What a file is that is neither of what its name says, nor a pickle, if that is certain."""
     if not path.is_file():
         return None
