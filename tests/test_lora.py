@@ -273,6 +273,28 @@ def test_dora_scales_in_a_straight_line(parts: Parts, tmp_path: Path) -> None:
     assert torch.equal(weight(parts, module), base)
 
 
+@pytest.mark.parametrize(
+    ("base", "magnitude"),
+    [
+        ([[3.0, 4.0]], [[10.0]]),  # one output, whose row has length 5
+        ([[3.0], [4.0]], [[10.0]]),  # one input, whose column has
+        ([[3.0, 4.0]], [[10.0, 2.0]]),  # one output, and a length for each input
+        ([[3.0], [4.0]], [[10.0], [2.0]]),
+    ],
+)
+def test_dora_of_a_single_row_or_column(base: list[list[float]], magnitude: list[list[float]]) -> None:
+    """Lengths are of rows where there is one for each, else of columns."""
+    from calotype.lora import Decomposed
+
+    weight, lengths = torch.tensor(base), torch.tensor(magnitude)
+    rows, columns = weight.shape
+    delta = Decomposed(LowRank(torch.zeros(1, columns), torch.ones(rows, 1)), lengths)
+    assert delta.fits((rows, columns))
+    of_rows = lengths.shape == (rows, 1)
+    norm = weight.square().sum(dim=1 if of_rows else 0, keepdim=True).sqrt()
+    torch.testing.assert_close(weight + delta(weight, 1.0), lengths * weight / norm)
+
+
 def test_a_row_of_zeros_stays_one(parts: Parts) -> None:
     from calotype.lora import Decomposed
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calotype.errors import UsageError
-from calotype.sampling import SAMPLERS, Eval, Source, Step, draw_noise, draws_needed, grid_for, guided, tcd
+from calotype.sampling import SAMPLERS, Eval, Source, Step, draw_noise, draws_needed, grid_for, guided, lcm, tcd
 from calotype.schedule import NoiseSchedule
 
 LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -288,9 +288,10 @@ def test_draws_needed() -> None:
     assert draws_needed("tcd", 4, gamma=0.0) == 1
 
 
-def test_tcd_by_hand() -> None:
-    """Algorithm 4 of arXiv 2402.19159 for two steps, with the rounding of the released sampler."""
-    levels, gamma = schedule("LCMScheduler"), 0.3
+@pytest.mark.parametrize("gamma", [0.3, 0.5, 0.9])  # of 499: 349.3, 249.5, 49.9
+def test_tcd_by_hand(gamma: float) -> None:
+    """Algorithm 4 of arXiv 2402.19159 for two steps, rounded down as the released sampler does."""
+    levels = schedule("LCMScheduler")
     x, z = draw_noise([3], (4, 3, 3), 2)
     steps = []
     sampler = tcd(levels, [999, 499], [x, z], gamma=gamma)
@@ -306,6 +307,20 @@ def test_tcd_by_hand() -> None:
             x = ratio * x + (1 - ratio**2).sqrt() * z
         torch.testing.assert_close(step.x, x)
         torch.testing.assert_close(step.x0, x0)
+
+
+def test_lcm_skips_as_much_as_the_schedule_says() -> None:
+    """At a low timestep and a small scaling the boundary condition shows: c_skip x + c_out x0, and not x0."""
+    levels = dataclasses.replace(schedule("LCMScheduler"), timestep_scaling=0.01)
+    x = draw_noise([3], (4, 3, 3), 1)[0]
+    sampler = lcm(levels, [19], [x])
+    ev = next(sampler)
+    step = sampler.send(wavy(ev.x, ev.t))
+    x0 = (x - levels.sigma[19] * wavy(x, torch.tensor([19]))) / levels.alpha[19]
+    scaled = 19 * 0.01
+    skip, out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
+    assert skip > 0.8
+    torch.testing.assert_close(step.x, skip * x + out * x0)
 
 
 # ---- a picture to start from ----

@@ -27,7 +27,7 @@ from calotype.training import checkpoint
 from calotype.training.dataset import Dataset, Samples
 from calotype.training.settings import Settings, TrainStep
 from calotype.training.students import LoraStudent, student_of
-from calotype.training.trainer import make_student
+from calotype.training.trainer import make_batch, make_student
 from calotype.training.validate import Reading, Validation, is_hopeless, kept
 from calotype.weights.load import load_parts
 
@@ -408,6 +408,52 @@ def test_too_few_captions_to_validate_with(tiny_sd15: Path, tmp_path: Path) -> N
     assert steps[-1].stage == "done"
 
 
+def test_a_resumed_run_remembers_its_readings(
+    tiny_sd15: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(self: Validation, step: int) -> Any:
+        yield Reading(step, 10.0 + step, 0.5)
+
+    monkeypatch.setattr(Validation, "measure", measure)
+    settings = {**VALIDATED, "validation_steps": 1, "checkpointing_steps": 1, "lora": True, "lora_rank": 4}
+    run(tiny_sd15, pictures, tmp_path / "o", max_train_steps=2, **settings)
+    run(tiny_sd15, pictures, tmp_path / "o", max_train_steps=3, **settings, resume=True)
+    newest = checkpoint.newest(tmp_path / "o" / "checkpoints")
+    assert newest is not None
+    readings = checkpoint.state_of(newest)["readings"]
+    assert [(reading["step"], reading["distance"]) for reading in readings] == [(1, 11.0), (2, 12.0), (3, 13.0)]
+
+
+def test_a_power_moves_timesteps_down() -> None:
+    """Example i's timestep is that of its uniform number to the power: 2 sees half of all below a quarter."""
+    samples = Samples(
+        latents=torch.zeros(400, 4, 2, 2),
+        conditioning=Conditioning(torch.zeros(400, 1, 8)),
+        null=Conditioning(torch.zeros(400, 1, 8)),
+        masked=None,
+        names=("x",) * 400,
+    )
+    plain, squared = (
+        make_batch(samples, replace(Settings(), timestep_power=power, num_ddim_timesteps=1000), 0, torch.zeros(1)).index
+        for power in (1.0, 2.0)
+    )
+    assert (plain < 250).float().mean().item() == pytest.approx(0.25, abs=0.06)
+    assert (squared < 250).float().mean().item() == pytest.approx(0.5, abs=0.06)
+    torch.testing.assert_close(squared.float(), (plain / 1000) ** 2 * 1000, atol=2.1, rtol=0)
+
+
+def test_a_gradient_is_no_longer_than_it_may_be(tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None:
+    """Adam's first step is as long for any gradient, but for one that was cut below its epsilon."""
+    largest = []
+    for name, most in (("free", 1e3), ("cut", 1e-14)):
+        out = tmp_path / name
+        run(tiny_sd15, pictures, out, max_train_steps=1, lora=True, lora_rank=4, ema_decay=0.0, max_grad_norm=most)
+        found = load_file(out / LORA_FILE)
+        largest.append(max(float(tensor.abs().max()) for key, tensor in found.items() if "lora_B" in key))
+    assert largest[0] > 5e-4
+    assert largest[1] < 1e-5
+
+
 def test_which_reading_is_kept() -> None:
     def readings(*values: float) -> list[Reading]:
         return [Reading(step, value, 1.0) for step, value in enumerate(values, start=1)]
@@ -417,6 +463,8 @@ def test_which_reading_is_kept() -> None:
     assert kept(readings(9, 4, 9, 9)) == Reading(2, 4, 1.0)
     assert is_hopeless(readings(4, 9, 9, 9), 3)
     assert not is_hopeless(readings(4, 9, 5, 9), 3)
+    assert not is_hopeless(readings(4, 6, 6, 6), 3)  # 2 is 1.4 standard errors of the difference
+    assert is_hopeless(readings(4, 6.9, 6.9, 6.9), 3)  # 2.05
     assert not is_hopeless(readings(4, 9, 9, 9), 0)
     assert not is_hopeless(readings(9, 9, 9), 3)
 

@@ -258,7 +258,8 @@ class Decomposed(Delta):
     def __call__(self, base: Tensor, scale: float) -> Tensor:
         base = base.to(torch.float32)
         weight = base + self.inner(base, 1.0)
-        axis = 1 if self.magnitude.shape[0] == 1 and len(base) > 1 else 0
+        of_rows = self.magnitude.shape[0] == self.magnitude.numel() == len(base)
+        axis = 0 if of_rows else 1
         others = [dim for dim in range(base.ndim) if dim != axis]
         # The paper (section 4.3) keeps the norm out of the gradient.
         norm = torch.linalg.vector_norm(weight.detach(), dim=others, keepdim=True)
