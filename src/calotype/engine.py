@@ -243,7 +243,6 @@ class Engine:
         name = adapter_name(ref) if name is None else name
         if name in self._controls:
             raise UsageError(f"there is a control {name!r} already", "choose another name, or remove that one first")
-        weight = next(self.parts.unet.parameters())
         network = load_control(
             ref,
             unet=self.parts.unet.config,
@@ -253,8 +252,8 @@ class Engine:
             variant=variant,
             revision=revision,
             offline=self._offline,
-            device=weight.device,
-            dtype=weight.dtype,
+            device=self.parts.device,
+            dtype=self.parts.dtype,
         )
         self.parts = replace(self.parts, controls={**self.parts.controls, name: network})
         self._controls[name] = {"ref": str(ref), "subfolder": subfolder, "variant": variant, "revision": revision}
@@ -293,14 +292,13 @@ class Engine:
             self._exchange_motion(None, {})
             self._described.pop("motion", None)
             return
-        weight = next(self.parts.unet.parameters())
         adapter = load_motion(
             ref,
             unet=self.parts.unet.config,
             variant=variant,
             offline=self._offline,
-            device=weight.device,
-            dtype=weight.dtype,
+            device=self.parts.device,
+            dtype=self.parts.dtype,
         )
         path = resolve_motion(ref, variant=variant, offline=self._offline)
         beta_schedule = beta_schedule_of(path) if beta_schedule is None else beta_schedule

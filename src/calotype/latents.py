@@ -5,8 +5,10 @@ Shapes: n pictures (n, 3, H, W) in [-1, 1]; latents (n, C, h, w), scaled as the 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -24,7 +26,7 @@ TILE_PIXELS = 2**21  # a picture of more is coded in tiles
 TILE_SIDE = 512  # pixels of a tile, at least; an autoencoder that was trained on larger pictures has larger tiles
 
 Vae = AutoencoderKL | AutoencoderTiny
-Network = Callable[[Tensor], Tensor]
+Network = Callable[[Vae, Tensor], Tensor]
 
 
 @torch.inference_mode()
@@ -40,7 +42,7 @@ def encode(parts: Parts, pictures: Tensor, noise: Tensor | None = None) -> Tenso
     if height % config.downscale or width % config.downscale:
         raise ValueError(f"pictures of {width}x{height}: must be multiples of {config.downscale}")
 
-    def moments(x: Tensor) -> Tensor:
+    def moments(vae: Vae, x: Tensor) -> Tensor:
         mean, logvar = vae.encode(x)
         return mean if logvar is None else torch.cat([mean, logvar], dim=1)
 
@@ -66,7 +68,7 @@ def decode(parts: Parts, x0: Tensor) -> list[Image.Image]:
         )
     vae, config = parts.vae, parts.vae.config
     pixels = x0.shape[-2] * x0.shape[-1] * config.downscale**2
-    network = _by_tiles(vae, vae.decode, pixels, 1, config.downscale)
+    network = _by_tiles(vae, lambda vae, x: vae.decode(x), pixels, 1, config.downscale)
     pictures: list[Image.Image] = []
     for some in _few(x0.float() / config.scaling_factor + config.shift_factor, pixels):
         pictures += to_pil(_finite(vae, "decoder", network, some))
@@ -79,13 +81,14 @@ def _few(x: Tensor, pixels: int) -> tuple[Tensor, ...]:
 
 
 def _finite(vae: Vae, name: str, network: Network, x: Tensor) -> Tensor:
-    """network(x) in the autoencoder's dtype; where that overflows, in float32, in which the autoencoder then stays.
+    """network(vae, x) in the autoencoder's dtype; rows where that overflows, in float32.
 
-    For good, because one that overflowed once does it again (SDXL's in float16): each picture would be coded twice.
+    The autoencoder itself stays as it is: what one picture needs must not change the pixels of the next.
     """
     weight = next(vae.parameters())
-    out = network(x.to(weight.device, weight.dtype))
-    if torch.isfinite(out).all():
+    out = network(vae, x.to(weight.device, weight.dtype))
+    finite = torch.isfinite(out).flatten(1).all(dim=1)
+    if finite.all():
         return out
     dtype = str(weight.dtype).removeprefix("torch.")
     if weight.dtype == torch.float32:
@@ -93,11 +96,11 @@ def _finite(vae: Vae, name: str, network: Network, x: Tensor) -> Tensor:
             f"the {name} gave numbers that are not finite in {dtype}",
             hint="the autoencoder's file is damaged or of another family: load it again, or another with vae=",
         )
-    message = f"the {name} gave numbers that are not finite in {dtype}: the autoencoder is in float32 from now on"
+    message = f"the {name} gave numbers that are not finite in {dtype}: those pictures are coded again in float32"
     warnings.warn(message, CalotypeWarning, stacklevel=2)
-    with torch.inference_mode(False):  # else its parameters could never be trained again
-        vae.float()
-    return _finite(vae, name, network, x)
+    out = out.float()
+    out[~finite] = _finite(copy.deepcopy(vae).float(), name, network, x[~finite.to(x.device)])
+    return out
 
 
 # ---- tiles ----
@@ -108,10 +111,10 @@ def _by_tiles(vae: Vae, network: Network, pixels: int, before: int, after: int) 
     if pixels <= TILE_PIXELS:
         return network
     side = max(vae.config.sample_size, TILE_SIDE) // vae.config.downscale // 4 * 4
-    return lambda x: tiled(network, x, side, before, after)
+    return lambda vae, x: tiled(partial(network, vae), x, side, before, after)
 
 
-def tiled(network: Network, x: Tensor, side: int, before: int, after: int) -> Tensor:
+def tiled(network: Callable[[Tensor], Tensor], x: Tensor, side: int, before: int, after: int) -> Tensor:
     """network(x), computed in square tiles of which each blends into the next over a quarter of its side.
 
     x: (B, C, h * before, w * before); the network makes (B, C', h * after, w * after) of it. side: of a tile, in units

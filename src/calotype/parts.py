@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from calotype.nn.controlnet import ControlNet
@@ -79,3 +80,13 @@ class Parts:
     motion: Motion | None = None
     scheduler: Mapping[str, Any] = field(default_factory=dict)  # the config that `schedule` was read from
     stored: Mapping[str, Stored] = field(default_factory=dict)  # of "unet", "text_encoder", "text_encoder_2", "motion"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the U-Net is."""
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the U-Net computes in; the autoencoder may have another."""
+        return next(self.unet.parameters()).dtype

@@ -91,13 +91,13 @@ def prepare(parts: Parts, request: Request) -> Job:
     assert request.guidance is not None
     assert request.width is not None
     assert request.height is not None
-    weight, size = next(parts.unet.parameters()), (request.width, request.height)
+    size = (request.width, request.height)
     schedule, windows = schedule_of(parts, request), tuple[range, ...]()
     if request.frames is not None and parts.motion is not None:
         windows = _windows(request.frames, parts.motion.adapter.config.max_frames)
     times, gamma = grid_of(request, schedule), GAMMA if request.gamma is None else request.gamma
     draws = _draw(parts, request, draws_needed(request.sampler, len(times), gamma))
-    noise = [each.to(weight.device, weight.dtype) for each in draws.steps]
+    noise = [each.to(parts.device, parts.dtype) for each in draws.steps]
     rows = len(noise[0])
 
     conditioning, negative = condition(
@@ -110,7 +110,7 @@ def prepare(parts: Parts, request: Request) -> Job:
         emphasis=request.emphasis,
     )
     if request.frames is not None:
-        each = torch.arange(request.n, device=weight.device).repeat_interleave(request.frames)
+        each = torch.arange(request.n, device=parts.device).repeat_interleave(request.frames)
         conditioning = conditioning.select(each)
         negative = None if negative is None else negative.select(each)
     guidance = Guidance(schedule, request.guidance, negative, request.guidance_steps, request.guidance_mode)
@@ -157,28 +157,28 @@ def condition(
 
     size: width and height in pixels. A guidance embedding takes the scale itself: there is no second evaluation then.
     """
-    n, config, weight = len(prompts), parts.unet.config, next(parts.unet.parameters())
+    n, config, device, dtype = len(prompts), parts.unet.config, parts.device, parts.dtype
     embedded = config.guidance_dim is not None
     time_ids = None
     if config.addition_in_dim is not None:  # SDXL: original size, crop, target size
         height_width = (float(size[1]), float(size[0]))
-        time_ids = torch.tensor([*height_width, 0.0, 0.0, *height_width], device=weight.device).expand(n, 6)
-    w = torch.full((n,), guidance - 1.0, device=weight.device) if embedded else None
+        time_ids = torch.tensor([*height_width, 0.0, 0.0, *height_width], device=device).expand(n, 6)
+    w = torch.full((n,), guidance - 1.0, device=device) if embedded else None
 
     twice = not embedded and guidance > 1
     texts = {*prompts, negative} if twice else set(prompts)
     chunks = max(parts.text.chunks(text, emphasis=emphasis) for text in texts)
     context, pooled = parts.text.encode(prompts, clip_skip=clip_skip, emphasis=emphasis, chunks=chunks)
-    pooled = None if pooled is None else pooled.to(weight)
-    text = Conditioning(context.to(weight), pooled, time_ids, w)
+    pooled = None if pooled is None else pooled.to(device, dtype)
+    text = Conditioning(context.to(device, dtype), pooled, time_ids, w)
     if not twice:
         return text, None
     # The negative prompt is read to the text encoder's end, without CLIP skip, as diffusers does.
     context, pooled = parts.text.encode([negative], emphasis=emphasis, chunks=chunks)
     if parts.zero_empty_negative and negative == "":  # SDXL was trained so: no text is zeros, not the embedding of ""
         context, pooled = torch.zeros_like(context), None if pooled is None else torch.zeros_like(pooled)
-    pooled = None if pooled is None else pooled.to(weight).expand(n, -1)
-    return text, Conditioning(context.to(weight).expand(n, -1, -1), pooled, time_ids)
+    pooled = None if pooled is None else pooled.to(device, dtype).expand(n, -1)
+    return text, Conditioning(context.to(device, dtype).expand(n, -1, -1), pooled, time_ids)
 
 
 # ---- pictures ----
@@ -195,28 +195,28 @@ def _picture_task(
     parts: Parts, request: Request, size: tuple[int, int], region: masks.Box | None, rows: int, draws: _Draws
 ) -> _PictureTask:
     """Image to image and inpainting: what the sampler starts from, what the network sees beside, what is put back."""
-    weight = next(parts.unet.parameters())
+    device, dtype = parts.device, parts.dtype
     assert request.image is not None
     pictures = request.image if isinstance(request.image, tuple) else (request.image,)
     plain, noised = _plain(parts), request.mask is None or request.strength != 1
     if request.mask is None:
         pixels = torch.cat([images.to_tensor(images.resize(each, *size, request.resize)) for each in pictures])
         x0 = latents.encode(parts, pixels, draws.posterior)
-        return _PictureTask(Source(_rows(x0, rows).to(weight)), None, None)
+        return _PictureTask(Source(_rows(x0, rows).to(device, dtype)), None, None)
 
     *scaled, mask = [_to_size(each, request, size, region) for each in (*pictures, request.mask)]
     hole = masks.to_tensor(mask)  # (1, 1, H, W), 0 or 1
     pixels = torch.cat([images.to_tensor(each) for each in scaled])
-    small = masks.to_latents(hole, parts.vae.config.downscale).to(weight)
+    small = masks.to_latents(hole, parts.vae.config.downscale).to(device, dtype)
 
     beside = None
     if not plain:
-        seen = _rows(latents.encode(parts, pixels * (hole < 0.5), draws.masked), rows).to(weight)
+        seen = _rows(latents.encode(parts, pixels * (hole < 0.5), draws.masked), rows).to(device, dtype)
         beside = torch.cat([small.expand(rows, -1, -1, -1), seen], dim=1)
     x0 = torch.zeros_like(draws.steps[0])
     if plain or noised:
         x0 = _rows(latents.encode(parts, pixels, draws.posterior), rows)
-    source = Source(x0.to(weight), small if plain else None, noised)
+    source = Source(x0.to(device, dtype), small if plain else None, noised)
     finish = partial(_put_back, request=request, scaled=scaled, mask=mask, region=region)
     return _PictureTask(source, beside, finish)
 

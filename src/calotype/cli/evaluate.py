@@ -132,7 +132,7 @@ def load_judge(folder: Path, beside: Parts) -> Judge:
     """The CLIP of a folder, on the device of a model. CheckpointError."""
     from calotype.training.clip import Judge
 
-    return Judge.load(folder, next(beside.unet.parameters()).device)
+    return Judge.load(folder, beside.device)
 
 
 def measure(student: Parts, teacher: Parts, prompts: Sequence[str], options: dict[str, Any], show: Report) -> Table:

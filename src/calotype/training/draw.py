@@ -71,10 +71,9 @@ def draw(
 
     Guidance is by embedding where the network has one, else by a second evaluation on the empty prompt.
     """
-    weight = next(parts.unet.parameters())
     vae = parts.vae.config
     shape = (vae.latent_channels, parts.defaults.height // vae.downscale, parts.defaults.width // vae.downscale)
-    noise = [each.to(weight) for each in draw_noise(seeds, shape, draws_needed(sampler, len(grid)))]
+    noise = [each.to(parts.device, parts.dtype) for each in draw_noise(seeds, shape, draws_needed(sampler, len(grid)))]
     text, empty = condition(parts, prompts, "", guidance, (parts.defaults.width, parts.defaults.height))
     guide = Guidance(parts.schedule, guidance, empty)
     steps = SAMPLERS[sampler](parts.schedule, grid, noise)
@@ -132,7 +131,7 @@ def cached(series: Series, batch: int, folder: Path | None, model: str) -> Itera
 
 
 def _draw_measured(series: Series, batch: int) -> Piece:
-    with peak(next(series.parts.unet.parameters()).device) as memory:
+    with peak(series.parts.device) as memory:
         start = time.perf_counter()
         pictures = torch.cat([piece.draw() for piece in series.shards(batch)])
         seconds = time.perf_counter() - start

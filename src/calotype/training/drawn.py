@@ -98,7 +98,7 @@ class DrawnCache(Cache):
         text, empty = condition(parts, prompts, "", drawing.guidance, (drawing.resolution, drawing.resolution))
         guide = Guidance(parts.schedule, drawing.guidance, None if empty is None else _first_chunk(parts, empty))
         text = _first_chunk(parts, text)
-        sampler = ddim(parts.schedule, self._grid, [each.to(next(parts.unet.parameters())) for each in noise])
+        sampler = ddim(parts.schedule, self._grid, [each.to(parts.device, parts.dtype) for each in noise])
         for ev in sampler:
             step = sampler.send(guide(parts.unet, ev, text))
         return step.x.half().cpu()  # type: ignore[no-any-return]

@@ -164,8 +164,7 @@ class _Drawing:
     def __init__(
         self, parts: Parts, network: Network, config: UNetConfig, schedule: NoiseSchedule, settings: Settings
     ) -> None:
-        like = next(parts.unet.parameters())
-        unet = _Network(network, config, like.device, settings.mixed_precision == "bf16")
+        unet = _Network(network, config, parts.device, settings.mixed_precision == "bf16")
         latent = parts.vae.config.latent_channels
         if config.in_channels == 2 * latent + 1:  # inpainting: everything is to be repainted, over grey
             unet.masked = _all_masked(parts)
