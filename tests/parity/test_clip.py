@@ -123,7 +123,8 @@ def test_a_config_that_cannot_be_built_is_refused(
 
 def test_a_pickle_is_refused(folder: Path, copy_of: Callable[[Path], Path]) -> None:
     pickled = copy_of(folder)
-    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
     with pytest.raises(UnsafeFileError, match="is a pickle"):
         Judge.load(pickled, CPU)
 
