@@ -22,10 +22,11 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # errors. "*" is everything but the rooms in FRONT_ENDS.
 ROOMS: dict[str, str] = {
     "errors": "",
+    "atomic": "",
     "precision": "",
     "schedule": "",
-    "parameters": "",
-    "images": "parameters",
+    "parameters": "atomic",
+    "images": "parameters atomic",
     "masks": "images",
     "video": "images",
     "request": "images",
@@ -35,7 +36,7 @@ ROOMS: dict[str, str] = {
     "text.inversion": "text nn.clip weights.files weights.source",
     "sampling": "schedule",
     "families": "nn schedule text parts",
-    "weights": "nn schedule text parts families",
+    "weights": "nn schedule text parts families atomic",
     "parts": "nn text schedule families",
     "latents": "images nn parts",
     "generate": "parts sampling request images latents schedule nn",
@@ -44,7 +45,7 @@ ROOMS: dict[str, str] = {
     "lora": "nn weights parts families text.inversion text.encode",
     "engine": "generate prepare resolve parts weights lora images video request schedule precision nn.motion"
     " text.inversion",
-    "training": "generate prepare sampling schedule precision weights lora parts images latents nn text request",
+    "training": "generate prepare sampling schedule precision weights lora parts images latents nn text request atomic",
     "cli": "*",
     "__main__": "cli",
     "": "*",  # the package itself: it only names what the rooms make

@@ -19,7 +19,7 @@ from pathlib import Path
 from folders import STEMS, must_be_finished, read_part, write_json, write_part
 from torch import Tensor
 
-from calotype.weights.write import replacing_folder
+from calotype.atomic import replacing_folder
 
 MOVED = ("unet", "text_encoder")
 RECORD = "training.json"

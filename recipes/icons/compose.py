@@ -27,8 +27,8 @@ from scenes import (
     weight,
 )
 
+from calotype.atomic import replacing
 from calotype.images import to_pil
-from calotype.weights.write import replacing
 
 CAPTIONS = 4  # of a picture: a visit takes one of them
 

@@ -35,7 +35,7 @@ from fetch import Package, read_packages
 from PIL import Image
 from scenes import LIST, NAMES, SIZE, TAR
 
-from calotype.weights.write import replacing
+from calotype.atomic import replacing
 
 INNER = 120  # pixels of the longer side
 FAINT = 8  # opacity, of 255, that is not seen as part of an icon: the rims of shadows

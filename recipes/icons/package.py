@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from folders import SHARD, STEMS, must_be_finished, read_part, write_part
 
-from calotype.weights.write import replacing_folder
+from calotype.atomic import replacing_folder
 
 FILES = ("calotype.json", "training.json", "distillation.json", "model_index.json")
 RECORDS = {"base": "training.json", "autoencoder": "vae/training.json"}  # so that a card can say {base.steps}

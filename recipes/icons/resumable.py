@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from calotype.atomic import replacing
 from calotype.precision import multiplies_bfloat16
-from calotype.weights.write import replacing
 
 
 def add_options(parser: argparse.ArgumentParser, save_every: int) -> None:

@@ -5,12 +5,10 @@ torch is imported only where a tensor is made, so that reading a file's metadata
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import math
 import os
-import secrets
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from calotype import atomic
 from calotype.errors import CalotypeError, OutputError, UsageError, missing_package
 from calotype.parameters import parameters
 
@@ -247,15 +246,15 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, Any] |
 
 
 def write_whole(path: Path, content: bytes) -> Path:
-    """Writes a file under another name first, then renames it. Raises OutputError where that cannot be done."""
+    """Writes a file whole or not at all. Raises OutputError where that cannot be done."""
     if os.path.isdir(path):  # not Path.is_dir, which raises where a folder on the way may not be searched
         raise OutputError(f"{str(path)!r} is a directory", f"name a file in it: {path / 'picture'}{path.suffix}")
     if not os.path.isdir(path.parent):
         raise OutputError(f"there is no folder {str(path.parent)!r}", "make it first")
     try:
-        _replace(path, content)
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        raise OutputError(f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        atomic.write(path, content)
+    except ValueError as error:  # a zero byte in the name
+        raise OutputError(f"{str(path)!r} cannot be written: {error}") from error
     return path
 
 
@@ -270,20 +269,6 @@ def _encoded(image: Image.Image, metadata: Mapping[str, Any] | None) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".calotype-{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:  # Ctrl-C too leaves nothing behind
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

@@ -12,10 +12,12 @@ import hashlib
 import json
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from calotype import atomic
+from calotype.errors import OutputError
 
 SAMPLERS = {"lcm": "LCM", "tcd": "TCD", "ddim": "DDIM", "euler": "Euler"}
 TWO_ENCODERS = ("sdxl", "ssd1b")  # families that use the last layer but one as they are: there that is "Clip skip: 2"
@@ -101,11 +103,6 @@ def _kept() -> dict[str, Any]:
 def _keep(path: str, entry: Mapping[str, Any]) -> None:
     """Whole or not at all, and without an error where there is no place for it."""
     file = _file()
-    partial = file.with_name(f".{secrets.token_hex(8)}.part")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, OutputError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(json.dumps({**_kept(), path: entry}), "utf-8")
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
+        atomic.write(file, json.dumps({**_kept(), path: entry}).encode())

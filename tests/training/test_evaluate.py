@@ -190,7 +190,7 @@ def test_a_failed_write_leaves_nothing(teacher: Parts, tmp_path: Path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OutputError, match="No space left"):
+    with pytest.raises(OutputError, match="no space left"):
         pictures(series(teacher), tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from calotype import atomic
 from calotype.errors import OutputError
 from calotype.generate import Guidance
 from calotype.parts import Parts
@@ -149,21 +149,12 @@ def _read(file: Path) -> Piece | None:
 
 
 def _write(file: Path, piece: Piece) -> None:
-    """Whole or not at all: under another name first, then renamed."""
     tensors = {"pictures": piece.pictures, "seconds": torch.tensor(piece.seconds)}
     if piece.memory is not None:
         tensors["memory"] = torch.tensor(piece.memory)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as out:
-                out.write(to_bytes(tensors))
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or str(error)
         raise OutputError(f"cannot write the cache {str(file.parent)!r}: {reason}", "choose another folder") from error
+    atomic.write(file, to_bytes(tensors))

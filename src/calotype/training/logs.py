@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from calotype.atomic import replacing
 from calotype.training.ranks import Ranks
 from calotype.training.settings import TrainStep
-from calotype.weights.write import replacing
 
 FILE, FOLDER = "log.jsonl", "logs"
 

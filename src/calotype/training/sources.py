@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from calotype import atomic
 from calotype.errors import OutputError, UsageError
 from calotype.training.captions import LISTS, TEXTS, beside, read_text
 from calotype.training.captions import prompts as in_jsonl
@@ -175,16 +176,11 @@ def _indexed(tar: Path, cache: Path | None) -> dict[str, Any]:
 
 def write_json(file: Path, value: object) -> None:
     """Whole or not at all, also where several processes write the same. Raises OutputError."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(json.dumps(value), encoding="utf-8")
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{str(file)!r} cannot be written: {_reason(error)}", "choose another place") from error
+    atomic.write(file, json.dumps(value).encode())
 
 
 def _scan(tar: Path) -> dict[str, Any]:

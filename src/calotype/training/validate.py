@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from calotype.atomic import replacing
 from calotype.images import grid, to_pil
 from calotype.nn.unet import Conditioning, Residuals, UNetConfig
 from calotype.parts import Parts
@@ -32,7 +33,6 @@ from calotype.training.loss import Network
 from calotype.training.ranks import Ranks
 from calotype.training.settings import Settings, TrainStep
 from calotype.training.students import Student
-from calotype.weights.write import replacing
 
 PIECE = 8  # pictures drawn at a time
 SHOWN = 8  # captions on the contact sheet

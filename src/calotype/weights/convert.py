@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calotype.atomic import replacing_folder
 from calotype.errors import CheckpointError, OutputError, UsageError
 from calotype.families import family_of
 from calotype.nn.clip import CLIPText
@@ -24,7 +25,7 @@ from calotype.weights.pickled_folder import convert_folder, has_pickles
 from calotype.weights.single_file import EMBEDDED, SingleFile, table
 from calotype.weights.texts import INPAINTING_CHANNELS
 from calotype.weights.unpickle import unpickle
-from calotype.weights.write import Pending, replacing_folder, write_safetensors
+from calotype.weights.write import Pending, write_safetensors
 
 SUFFIX = ".safetensors"
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}  # the others' are called "model"

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
+from calotype.atomic import replacing_folder
 from calotype.errors import CalotypeWarning
 from calotype.weights.files import PICKLES, metadata, read, read_json
 from calotype.weights.unpickle import unpickle
-from calotype.weights.write import Pending, replacing_folder, write_safetensors
+from calotype.weights.write import Pending, write_safetensors
 
 # How transformers and diffusers name weights, variants and shards among them: pytorch_model.fp16-00001-of-00002.bin
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|pytorch_model|model)(?:[.-][\w.-]+)?\.(?:bin|safetensors)")

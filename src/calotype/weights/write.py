@@ -1,19 +1,17 @@
-"""Writes safetensors files one tensor at a time, and files and folders so that they appear whole or not at all."""
+"""Writes safetensors files one tensor at a time."""
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from calotype.errors import CheckpointError, OutputError
+from calotype.atomic import replacing
+from calotype.errors import CheckpointError
 from calotype.weights.files import DTYPES, is_finite
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -60,8 +58,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Pending], metadata: Mapp
         file.write(len(header).to_bytes(8, "little") + header)
         for name in names:
             file.write(_content(name, tensors[name]))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _content(name: str, pending: Pending) -> memoryview | bytes:
@@ -74,55 +70,3 @@ def _content(name: str, pending: Pending) -> memoryview | bytes:
         dtype = str(pending.dtype).removeprefix("torch.")
         raise CheckpointError(f"{name} has values beyond {dtype}", "choose a wider --dtype")
     return converted.reshape(-1).view(torch.uint8).numpy().data
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write a file to, which takes the place of `path` in the end; where that fails, nothing is left of it.
-
-    Raises OutputError for what the system refuses.
-    """
-    with _as_output_error(path):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            yield temporary
-            temporary.chmod(0o666 & ~_umask())  # a temporary file is its owner's alone
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """A folder to write to, which takes the place of `path` in the end, as `replacing` does for a file."""
-    with _as_output_error(path), tempfile.TemporaryDirectory(prefix=f".{path.name[:80]}.", dir=path.parent) as name:
-        temporary, before = Path(name) / "new", Path(name) / "before"
-        temporary.mkdir()
-        yield temporary
-        if path.exists():
-            path.rename(before)
-        try:
-            temporary.rename(path)
-        except OSError:
-            if before.exists():
-                before.rename(path)
-            raise
-
-
-@contextmanager
-def _as_output_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"{str(path)!r} cannot be written: {(error.strerror or str(error)).lower()}", "choose another place"
-        ) from error
-
-
-def _umask() -> int:
-    """The process's mask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
