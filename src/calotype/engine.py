@@ -23,11 +23,12 @@ from calotype.lora.names import MOTION
 from calotype.lora.words import Words
 from calotype.nn import motion
 from calotype.parts import Habit, Motion, Parts, Stored
-from calotype.precision import warn_of_emulation
+from calotype.precision import DTYPES, warn_of_emulation
 from calotype.prepare import prepare, seeds
 from calotype.request import Request, adapter_name
 from calotype.resolve import notes, resolve
-from calotype.schedule import CONSISTENCY, NoiseSchedule
+from calotype.samplers import CONSISTENCY
+from calotype.schedule import NoiseSchedule
 from calotype.text import inversion
 from calotype.weights.control import load_control
 from calotype.weights.habits import habit_of
@@ -40,7 +41,6 @@ UNSAID = (
     "the LoRA {!r} changes every layer, as few-step LoRAs do, and does not say how it is used: if it is one, say"
     " sampler, steps and guidance, such as lcm, 4 and 1"
 )
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,8 +18,8 @@ from typing import Any
 
 from calotype import atomic
 from calotype.errors import OutputError
+from calotype.samplers import SAMPLERS
 
-SAMPLERS = {"lcm": "LCM", "tcd": "TCD", "ddim": "DDIM", "euler": "Euler"}
 TWO_ENCODERS = ("sdxl", "ssd1b")  # families that use the last layer but one as they are: there that is "Clip skip: 2"
 DIGITS = 10  # of a model's hash
 
@@ -37,7 +37,7 @@ def parameters(metadata: Mapping[str, Any]) -> str:
     ref = model.get("model")
     named = {
         "Steps": request.get("steps"),
-        "Sampler": SAMPLERS.get(request.get("sampler", "")),
+        "Sampler": SAMPLERS[request["sampler"]].title if request.get("sampler") in SAMPLERS else None,
         "CFG scale": request.get("guidance"),
         "Seed": None if seed is None else seed + metadata.get("index", 0),
         "Size": f"{request['width']}x{request['height']}" if "width" in request and "height" in request else None,

@@ -1,4 +1,4 @@
-"""Which devices multiply bfloat16 themselves. On others PyTorch emulates such products, slowly."""
+"""The dtypes to compute in, and which devices multiply bfloat16 themselves: on others PyTorch emulates it, slowly."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from calotype.errors import CalotypeWarning
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 X86 = ("x86_64", "AMD64")
 
 

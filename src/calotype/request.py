@@ -19,8 +19,8 @@ from PIL import Image
 
 from calotype import images
 from calotype.errors import UsageError
+from calotype.samplers import SAMPLERS
 
-SAMPLERS = ("lcm", "tcd", "ddim", "euler")
 SPACINGS = ("leading", "linspace", "trailing")
 RESIZES = ("stretch", "crop", "pad")
 GUIDANCE_MODES = ("full", "once")
@@ -162,7 +162,7 @@ class Request:
                 f"with this width, a height of at most {MAX_PIXELS // self.width // SIZE_STEP * SIZE_STEP}",
             )
         if self.sampler is not None:
-            _choice("sampler", self.sampler, SAMPLERS)
+            _choice("sampler", self.sampler, tuple(SAMPLERS))
         if self.timesteps is not None:
             self._set("timesteps", _timesteps(self.timesteps))
             if self.steps is not None and self.steps != len(self.timesteps):

@@ -15,13 +15,13 @@ from calotype import images, masks
 from calotype.errors import CalotypeWarning, UsageError
 from calotype.parts import Habit, Parts
 from calotype.request import Request
+from calotype.samplers import CONSISTENCY
 from calotype.sampling import grid_for
 from calotype.schedule import NoiseSchedule, Spacing
 
 IMAGE_STRENGTH = 0.5  # of image to image, where a request leaves it open; inpainting paints anew: 1
 FAR = 2.5  # times the pixels that a model was trained for: 768 px are near 512 px
 MOST_PIXELS = 4  # a picture gives its size to a request that has none, up to so many times the model's own pixels
-SPACED = ("ddim", "euler")  # samplers whose timesteps have a spacing
 
 Habits = Mapping[str, Habit]  # of the few-step adapters that are in force, by what to call each in a sentence
 
@@ -88,7 +88,7 @@ def _liked(parts: Parts, request: Request, habits: Habits) -> dict[str, Any]:
         if getattr(request, field) is not None or (field in ("steps", "timesteps") and not open_steps) or not wanted:
             continue
         sampler = found.get("sampler", request.sampler)
-        if (field == "spacing" and sampler not in SPACED) or (field == "gamma" and sampler != "tcd"):
+        if (field == "spacing" and sampler in CONSISTENCY) or (field == "gamma" and sampler != "tcd"):
             continue
         if field == "timesteps" and _strength(request) not in (None, 1):  # they begin at pure noise
             continue

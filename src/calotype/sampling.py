@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calotype.errors import UsageError
+from calotype.samplers import SAMPLERS as KINDS
 from calotype.schedule import (
-    CONSISTENCY,
     NoiseSchedule,
     boundary_scalings,
     eps_from,
@@ -233,7 +233,7 @@ def _clipped(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
     return x0 if limit is None else x0.clamp(-limit, limit)
 
 
-SAMPLERS: dict[str, Callable[..., Sampler]] = {"lcm": lcm, "tcd": tcd, "ddim": ddim, "euler": euler}
+SAMPLERS: dict[str, Callable[..., Sampler]] = {name: globals()[name] for name in KINDS}  # each the function of its name
 
 
 def sampler_for(
@@ -268,7 +268,7 @@ def grid_for(
         )
     if timesteps is not None:
         return explicit_grid(list(timesteps), schedule.T)
-    if sampler in CONSISTENCY:
+    if KINDS[sampler].consistency:
         return lcm_grid(steps, schedule.original_steps, strength, schedule.T)
     share = max(int(schedule.T * strength), 1)
     if steps > share:
@@ -281,7 +281,7 @@ def grid_for(
 def draws_needed(sampler: str, steps: int, gamma: float = GAMMA) -> int:
     """How many draws of noise a run of `steps` steps takes."""
     _check_name(sampler)
-    return steps if sampler == "lcm" or (sampler == "tcd" and gamma > 0) else 1
+    return steps if KINDS[sampler].stochastic and (sampler != "tcd" or gamma > 0) else 1
 
 
 def generators_for(seeds: Sequence[int]) -> list[torch.Generator]:

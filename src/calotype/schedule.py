@@ -30,7 +30,6 @@ NoiseSpacing = Literal["karras", "exponential"]
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "linspace", "trailing")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-CONSISTENCY = ("lcm", "tcd")  # samplers that work on the grid of consistency distillation
 SIGMA_DATA = 0.5  # the consistency models' standard deviation of the data
 
 

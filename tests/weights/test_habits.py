@@ -17,10 +17,11 @@ import calotype
 from calotype import Request, cli
 from calotype.errors import CalotypeWarning, UsageError
 from calotype.parts import Habit
+from calotype.samplers import SAMPLERS
 from calotype.schedule import PREDICTIONS, SPACINGS, spaced_grid
 from calotype.weights import habits
 from calotype.weights.convert import convert
-from calotype.weights.habits import SAMPLERS, Sort, habit_of
+from calotype.weights.habits import Sort, habit_of
 from calotype.weights.inspect import inspect_model
 
 Copy = Callable[[Path], Path]

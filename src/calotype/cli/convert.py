@@ -51,14 +51,13 @@ def convert(
     if prediction not in (None, "epsilon", "v_prediction", "sample"):
         raise UsageError(f"--prediction must be one of epsilon, v_prediction, sample, not {prediction!r}")
 
-    import torch
-
+    from calotype import precision
     from calotype.weights.convert import convert as write
 
     written = write(
         model,
         output,
-        dtype=None if chosen is None else getattr(torch, chosen),
+        dtype=None if chosen is None else precision.DTYPES[chosen],
         force=force,
         variant=variant,
         revision=revision,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from calotype.errors import UsageError
-from calotype.schedule import CONSISTENCY
+from calotype.samplers import CONSISTENCY
 
 # What the student learns: latent consistency distillation and fine-tuning (arXiv 2310.04378, 4.3 and 4.4), phased
 # consistency (arXiv 2405.18407), trajectory consistency (arXiv 2402.19159).

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from calotype.errors import CalotypeError, CalotypeWarning, CheckpointError, OutputError, UsageError
 from calotype.parts import Parts
-from calotype.precision import warn_of_emulation
+from calotype.precision import DTYPES, warn_of_emulation
 from calotype.schedule import NoiseSchedule
 from calotype.training import checkpoint
 from calotype.training.card import Run
@@ -41,7 +41,6 @@ FREE = (
     *("patience", "sampler", "gradient_checkpointing", "compile", "fsdp"),
 )
 FEWEST = 3  # captions that a distance can be had of
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 FIXED = ("objective", "lora", "lora_rank")  # these may not
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from calotype.parts import Habit
+from calotype.samplers import SAMPLERS
 from calotype.weights.fields import Fields
 from calotype.weights.files import metadata, parse_json
 from calotype.weights.source import HUB_ID
@@ -30,7 +31,6 @@ NAMELESS = ("pytorch_lora_weights", "diffusion_pytorch_model", "adapter_model", 
 SAID = ("modelspec.title", "ss_output_name")
 # Ends of names that are about the file's format.
 FORMAT = re.compile(r"(-(fp16|fp32|bf16|fp8|pruned|converted|comfyui|comfy|diffusers))+$")
-SAMPLERS = ("lcm", "tcd", "ddim", "euler")
 
 
 def to_json(habit: Habit) -> str:
@@ -46,7 +46,7 @@ def read_habit(path: Path) -> Habit | None:
     where = f"{path}: {HABIT}"
     fields = Fields(parse_json(text.encode(), where), where)
     return Habit(
-        fields.one_of("sampler", "lcm", SAMPLERS),
+        fields.one_of("sampler", "lcm", [*SAMPLERS]),
         fields.integer("steps", 4, 1, 1000),
         fields.number("guidance", 1.0, 0.0, 100.0),
         fields.integers("timesteps", (), 0, 99_999, (0, 1000)) or None,

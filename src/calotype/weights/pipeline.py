@@ -12,11 +12,11 @@ from calotype.errors import CheckpointError
 from calotype.families import LCM_GUIDANCE, LCM_GUIDANCE_RANGE, LCM_STEPS, PLAIN_LCM_GUIDANCE, Family
 from calotype.nn.unet import UNetConfig
 from calotype.parts import Defaults, Habit
-from calotype.schedule import CONSISTENCY, NoiseSchedule
+from calotype.samplers import CONSISTENCY, SAMPLERS
+from calotype.schedule import NoiseSchedule
 from calotype.weights.configs import MOTION_UNET, TEXT_CLASSES, names_class
 from calotype.weights.fields import Fields
 from calotype.weights.files import read_json, shown
-from calotype.weights.habits import SAMPLERS
 
 # Whatever its task, a pipeline of these has parts of which a picture is drawn from text. By the class's name alone:
 # nothing outside the lists of parts is imported or built.
@@ -197,7 +197,7 @@ def defaults_of(
     if unknown := [name for name in raw if name not in known]:
         raise CheckpointError(f"{path} has the field {shown(unknown[0])}; known are {', '.join(known)}")
     own = Habit() if habit is None else habit
-    sampler = fields.one_of("sampler", own.sampler or default_sampler(unet, schedule), SAMPLERS)
+    sampler = fields.one_of("sampler", own.sampler or default_sampler(unet, schedule), [*SAMPLERS])
     steps, guidance, side = family.steps, family.guidance, own.size or unet.sample_size * downscale
     if sampler in CONSISTENCY:
         steps, guidance = LCM_STEPS, PLAIN_LCM_GUIDANCE if unet.guidance_dim is None else LCM_GUIDANCE
