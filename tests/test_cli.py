@@ -269,6 +269,16 @@ def test_a_clip_says_what_made_it_and_is_made_again(tmp_path: Path, capsys: pyte
         assert job_like(path, {"seed": 1}, {}, {}).request == Request("a fox", frames=2, seed=1)
 
 
+def test_like_takes_the_loras_from_the_model_that_it_loads(tmp_path: Path) -> None:
+    """A request's own mix is in the model's, too: what --lora gives instead would not be found under its names."""
+    request = {"prompt": "a fox", "seed": 1, "loras": {"style": 0.5}}
+    model = {"loras": {"style": {"ref": "style.safetensors", "scale": 0.5}}}
+    metadata = {"calotype": calotype.__version__, "request": request, "index": 0, "model": model}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "fox.png", metadata)
+    job = job_like(tmp_path / "fox.png", {}, {}, {})
+    assert (job.request, job.adapters.loras) == (Request("a fox", seed=1), model["loras"])
+
+
 def test_show_names_controls_and_their_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metadata = {
         "calotype": calotype.__version__,

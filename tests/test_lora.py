@@ -457,7 +457,7 @@ def test_describe(parts: Parts, stack: Stack, tmp_path: Path) -> None:
     stack.add("file", load_lora(tmp_path / "style.safetensors", parts))
     stack.set({"it": 0.5})
     told = {"ref": str(tmp_path), "weight_name": "style.safetensors", "revision": None}
-    assert stack.describe() == [{"name": "it", **told, "scale": 0.5}]
+    assert stack.describe(stack.mix) == [{"name": "it", **told, "scale": 0.5}]
 
 
 def test_a_loaded_adapter_outlives_its_file(parts: Parts, stack: Stack, tmp_path: Path) -> None:

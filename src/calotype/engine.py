@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,7 @@ from calotype.generate import Step, develop, generate
 from calotype.images import save_png
 from calotype.lora import Delta, LoRA, Stack, load_lora
 from calotype.lora.live import Scale
-from calotype.lora.names import MOTION
+from calotype.lora.names import MOTION, NETWORKS
 from calotype.lora.words import Words
 from calotype.nn import motion
 from calotype.parts import Habit, Motion, Parts, Stored
@@ -94,6 +94,16 @@ class Result:
         return video.save(self.clips[index], path, self.request.fps, self.metadata(index))
 
 
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """What a stream took of its engine when it was made."""
+
+    parts: Parts
+    mix: Mapping[str, float]
+    loras: Mapping[str, LoRA]  # those of the mix: a name may be another's later
+    model: dict[str, Any]  # Engine.describe
+
+
 class Engine:
     """A model in memory, with its adapters. It keeps nothing of a request, so requests may be interleaved."""
 
@@ -104,6 +114,7 @@ class Engine:
         self._controls: dict[str, dict[str, Any]] = {}  # name -> what it was loaded from
         self._embeddings: dict[str, dict[str, Any]] = {}  # token -> what it was loaded from
         self._stack = Stack(parts)
+        self._mix: dict[str, float] = {}  # of requests that have none of their own; a request's may be merged just now
         self._words = Words(parts.text)
 
     def __call__(self, prompt: str | Request, **fields: Any) -> Result:
@@ -136,13 +147,13 @@ class Engine:
         asked = (request.sampler, request.steps, request.timesteps, request.guidance)
         if habits or self.parts.defaults.sampler in CONSISTENCY or asked != (None,) * len(asked):
             return notes(self.parts, request, habits)
-        loras = [name for name, scale in self._stack.mix.items() if scale > 0]
+        loras = [name for name, scale in self._mix_of(request).items() if scale > 0]
         unsaid = [UNSAID.format(name) for name in loras if self._stack.loras[name].may_be_few_step]
         return [*notes(self.parts, request, habits), *unsaid]
 
     def _habits(self, request: Request) -> dict[str, Habit]:
         """The few-step adapters that are in force, by what to call them, and how they like to be used."""
-        mix, motion = self._stack.mix, self.parts.motion
+        mix, motion = self._mix_of(request), self.parts.motion
         habits = {
             f"the LoRA {name!r}": lora.habit
             for name, lora in self._stack.loras.items()
@@ -153,32 +164,69 @@ class Engine:
         return habits
 
     def stream(self, request: Request) -> Generator[Step, None, Result]:
-        """The steps of a request as they are made; the generator's return value is the Result."""
-        started = time.perf_counter()
-        said = tuple(self.notes(request))
-        return self._stream(self.resolve(request), said, started)
+        """The steps of a request as they are made; the generator's return value is the Result.
 
-    def _stream(self, request: Request, said: tuple[str, ...], started: float) -> Generator[Step, None, Result]:
-        job = prepare(self.parts, request)
-        timings = {"prepare": time.perf_counter() - started, "denoise": 0.0}
-        steps = generate(self.parts, job)
-        for _ in job.grid:
+        The adapters are those of this moment, whatever is set while it runs; streams may be interleaved. Raises
+        UsageError, also at the step before which a LoRA of it or the motion adapter was taken away.
+        """
+        started = time.perf_counter()
+        said, resolved, mix = tuple(self.notes(request)), self.resolve(request), self._mix_of(request)
+        loras = self._stack.loras
+        taken = Taken(self.parts, mix, {name: loras[name] for name in mix}, self.describe(mix))
+        return self._stream(resolved, taken, said, started)
+
+    def _stream(
+        self, request: Request, taken: Taken, said: tuple[str, ...], started: float
+    ) -> Generator[Step, None, Result]:
+        try:
+            self._merge(taken)
+            job = prepare(taken.parts, request)
+            timings = {"prepare": time.perf_counter() - started, "denoise": 0.0}
+            steps = generate(taken.parts, job)
+            for _ in job.grid:
+                clock = time.perf_counter()
+                self._merge(taken)
+                step = next(steps)
+                timings["denoise"] += time.perf_counter() - clock  # the caller's own time between steps is not ours
+                yield step
             clock = time.perf_counter()
-            step = next(steps)
-            timings["denoise"] += time.perf_counter() - clock  # the caller's own time between steps is not ours
-            yield step
-        clock = time.perf_counter()
-        images = develop(self.parts, job, step.x0)
-        timings["decode"] = time.perf_counter() - clock
+            images = develop(taken.parts, job, step.x0)
+            timings["decode"] = time.perf_counter() - clock
+        finally:
+            self._merge_own()
         timings |= {"total": sum(timings.values()), "evaluations": job.evaluations}
-        return Result(images, seeds(request), request, timings, self.describe(), said)
+        return Result(images, seeds(request), request, timings, taken.model, said)
+
+    def _mix_of(self, request: Request) -> dict[str, float]:
+        """The LoRAs that a request is drawn with. Raises UsageError for a name that `add_lora` has not given."""
+        if request.loras is None:
+            return dict(self._mix)
+        self._stack.check_known(request.loras)
+        return dict(request.loras)
+
+    def _merge(self, taken: Taken) -> None:
+        """Puts a stream's LoRAs into the weights, where another's are there. Raises UsageError if they are gone."""
+        there = self._stack.loras
+        gone = [name for name, lora in taken.loras.items() if there.get(name) is not lora]
+        if gone or self.parts.motion is not taken.parts.motion:
+            raise UsageError(
+                f"{f'the LoRA {gone[0]!r}' if gone else 'the motion adapter'} was taken away while a request was drawn",
+                "let its stream end first",
+            )
+        if taken.mix != self._stack.mix:
+            self._stack.set(taken.mix)
+
+    def _merge_own(self) -> None:
+        """Puts the engine's own mix into the weights again."""
+        if self._mix != self._stack.mix:
+            self._stack.set(self._mix)
 
     # ---- adapters: whatever cannot be loaded leaves all as it was ----
 
     @property
     def loras(self) -> dict[str, float]:
-        """The LoRAs that are merged into the weights now, {name: scale}."""
-        return self._stack.mix
+        """The LoRAs of requests that have none of their own, {name: scale}: merged into the weights."""
+        return dict(self._mix)
 
     def add_lora(
         self,
@@ -199,7 +247,9 @@ class Engine:
         name = adapter_name(ref) if name is None else name
         lora = load_lora(ref, self.parts, weight_name=weight_name, revision=revision, offline=self._offline)
         words = self._words.check(name, lora)
+        self._merge_own()
         self._stack.add(name, lora, scale)
+        self._mix = self._stack.mix
         self._words.learn(name, words)
         return name
 
@@ -209,22 +259,26 @@ class Engine:
         Raises UsageError for a name that `add_lora` has not given and a scale that is no number.
         """
         self._stack.set(mix)
+        self._mix = self._stack.mix
 
     def remove_lora(self, name: str) -> None:
         """Takes a LoRA out of the mix and forgets it, with the words in its file. Raises UsageError for a name that
         `add_lora` has not given.
         """
+        self._merge_own()
         self._stack.remove(name)
+        self._mix = self._stack.mix
         self._words.forget(name, self._stack.loras)
 
     @contextmanager
-    def live_loras(self, mix: Mapping[str, Scale]) -> Iterator[None]:
+    def live_loras(self, mix: Mapping[str, Scale], *, only: Collection[str] = NETWORKS) -> Iterator[None]:
         """Within it, LoRAs act beside the weights, on top of what is merged: none is written, so changing a scale costs
-        nothing, and each evaluation a little. A scale is a number, or a tensor with one for each row of the batch.
+        nothing, and each evaluation a little. A scale is a number, or a tensor with one for each picture of the batch;
+        then say `only=("unet",)`, as text is encoded once for all of them.
 
         Raises UsageError.
         """
-        with self._stack.live(mix):
+        with self._stack.live(mix, only=only):
             yield
 
     def add_control(
@@ -322,7 +376,7 @@ class Engine:
             message = f"the LoRA {name!r} goes with the motion adapter that it changes"
             warnings.warn(message, CalotypeWarning, stacklevel=3)
             self.remove_lora(name)
-        mix = self._stack.mix
+        mix = self._mix
         self._stack.set({name: scale for name, scale in mix.items() if name not in moving})
         motion.detach(self.parts.unet)
         if new is not None:
@@ -332,9 +386,12 @@ class Engine:
         self._stack.use(self.parts)
         self._stack.set(mix)
 
-    def describe(self) -> dict[str, Any]:
-        """Which model this is, how it was loaded and what was added: what it takes to load it again."""
-        loras = {lora.pop("name"): lora for lora in self._stack.describe()}
+    def describe(self, mix: Mapping[str, float] | None = None) -> dict[str, Any]:
+        """Which model this is, how it was loaded and what was added: what it takes to load it again.
+
+        mix: of LoRAs, instead of the engine's own.
+        """
+        loras = {lora.pop("name"): lora for lora in self._stack.describe(self._mix if mix is None else mix)}
         added = {"loras": loras, "controls": dict(self._controls), "embeddings": dict(self._embeddings)}
         return {**self._described, **{what: value for what, value in added.items() if value}}
 

@@ -31,6 +31,7 @@ MAX_SEED = 2**64 - 1  # what torch's generator takes, and other programs write
 MAX_N = 64
 MAX_FRAMES = 512  # of a clip; and n clips share the memory
 MAX_CONTROLS = 16
+MAX_SCALE = 100.0  # of a LoRA
 MAX_PADDING, MAX_FEATHER = 4096, 256  # pixels
 SIZE_STEP, MAX_SIDE = 8, 8192  # one latent is 8 x 8 pixels
 MAX_PIXELS = 4096 * 4096
@@ -47,6 +48,7 @@ ELSEWHERE = {
     "num_frames": "frames",
     "padding_mask_crop": "mask_crop",
     "control_image": "controls",
+    "lora": "loras",
     "eta": "gamma",
     "timestep_spacing": "spacing",
 }
@@ -103,7 +105,8 @@ class Request:
     mask: of the image's size; white is repainted.          mask_feather: pixels of the result over which it fades.
     mask_crop: work on the masked part alone, with so many  resize: how pictures come to the size: "stretch", "crop"
     pixels around it, at the request's size.                (fill, cut the rest), "pad" (fit, fill the rest).
-    controls: see Control.
+    controls: see Control.                                  loras: a mix of its own, {name: scale}, of those that the
+                                                            engine has; {} is none.
     frames: make a clip of so many, 1 to 512.               fps: frames a second in the clip's file, 1 to 60.
 
     None leaves a field to the model's own default. Raises UsageError, naming the field and what is allowed.
@@ -133,6 +136,7 @@ class Request:
     mask_crop: int | None = None
     resize: str = "stretch"
     controls: tuple[Control, ...] = ()
+    loras: Mapping[str, float] | None = field(default=None, hash=False)
     frames: int | None = None
     fps: int = 8
 
@@ -186,6 +190,13 @@ class Request:
             self._set("frames", _integer("frames", self.frames, 1, MAX_FRAMES // self.n))
         self._check_picture()
         self._check_controls()
+        if self.loras is not None:
+            if not isinstance(self.loras, Mapping) or not all(isinstance(name, str) for name in self.loras):
+                raise UsageError(f"loras is {_shown(self.loras)}: must be names with their scales", '{"papercut": 0.8}')
+            scales = {
+                name: _number(f"loras: {name!r}", each, -MAX_SCALE, MAX_SCALE) for name, each in self.loras.items()
+            }
+            self._set("loras", scales)
 
     def _check_picture(self) -> None:
         """The picture to start from, and all that only makes sense with one."""
@@ -254,6 +265,8 @@ class Request:
                 return show(value)
             if isinstance(value, Control):
                 return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+            if isinstance(value, Mapping):
+                return dict(value)
             return [plain(each) for each in value] if isinstance(value, tuple) else value
 
         values = {field.name: getattr(self, field.name) for field in fields(self)}

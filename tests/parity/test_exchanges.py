@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +188,85 @@ def test_long_clips_are_controlled_in_pieces_and_say_what_they_cost(
     assert float((latents(engine, request) - whole).norm() / whole.norm()) < 1e-5
     windows = context_windows(10, 4, 3)
     assert result.timings["evaluations"] == pytest.approx(2 * sum(map(len, windows)) / 10)
+
+
+def finish(stream: Generator[object, None, calotype.Result]) -> calotype.Result:
+    while True:
+        try:
+            next(stream)
+        except StopIteration as end:
+            result: calotype.Result = end.value
+            return result
+
+
+def with_two(matrix: Matrix, engine: calotype.Engine) -> tuple[calotype.Request, calotype.Request]:
+    """A request with one LoRA and one with two; the engine's own mix is neither."""
+    engine.add_lora(matrix.world.lora("sd15", "lcm", "kohya"), "lcm", scale=0.3)
+    engine.add_lora(matrix.world.lora("sd15", "style", "kohya"), "style", scale=0.0)
+    request = matrix.ours.request(STILL)
+    return replace(request, loras={"lcm": 1.0}), replace(request, loras={"lcm": 0.5, "style": -1.0})
+
+
+def test_streams_with_loras_of_their_own_may_be_interleaved(matrix: Matrix, engine: calotype.Engine) -> None:
+    first, second = with_two(matrix, engine)
+    before = weights(engine)
+    alone = [latents(engine, first), latents(engine, second)]
+    assert same(weights(engine), before)
+    assert engine.loras == {"lcm": 0.3, "style": 0.0}
+    assert float((alone[0] - alone[1]).norm() / alone[0].norm()) > 0.01
+    steps = [step for pair in zip(engine.stream(first), engine.stream(second), strict=True) for step in pair]
+    for step, expected in zip(steps[-2:], alone, strict=True):
+        assert torch.equal(step.x, expected)
+    assert same(weights(engine), before)
+    drawn = engine(second)
+    scales = {name: lora["scale"] for name, lora in drawn.model["loras"].items()}
+    assert scales == second.loras == calotype.Request.from_json(drawn.metadata(0)["request"]).loras
+    engine.set_loras(scales)
+    assert torch.equal(latents(engine, replace(second, loras=None)), alone[1])
+
+
+def test_a_stream_keeps_the_loras_that_it_began_with(matrix: Matrix, engine: calotype.Engine) -> None:
+    first, _ = with_two(matrix, engine)
+    own = replace(first, loras=None)
+    expected, told = engine(own).images[0], engine.describe()
+    stream = engine.stream(own)
+    engine.set_loras({"style": 1.0})
+    next(stream)
+    engine.set_loras({"style": 2.0})
+    after = weights(engine)
+    engine.add_lora(matrix.world.lora("sd15", "style", "kohya"), "again", scale=0.0)
+    result = finish(stream)
+    assert result.images[0].tobytes() == expected.tobytes()
+    assert result.model == told
+    assert same(weights(engine), after)
+    assert engine.loras == {"style": 2.0, "again": 0.0}
+
+
+def test_a_stream_whose_adapters_are_gone_says_so(matrix: Matrix, engine: calotype.Engine) -> None:
+    first, _ = with_two(matrix, engine)
+    with pytest.raises(UsageError, match="no adapter 'other': there are lcm, style"):
+        engine.stream(replace(first, loras={"other": 1.0}))
+    stream = engine.stream(first)
+    next(stream)
+    engine.remove_lora("lcm")
+    engine.add_lora(matrix.world.lora("sd15", "style", "kohya"), "lcm")
+    with pytest.raises(UsageError, match="the LoRA 'lcm' was taken away while a request was drawn"):
+        next(stream)
+    stream = engine.stream(replace(first, loras={}))
+    next(stream)
+    engine.set_motion(matrix.world.motion("sd15"))
+    with pytest.raises(UsageError, match="the motion adapter was taken away while a request was drawn"):
+        next(stream)
+    assert engine.loras == {"style": 0.0, "lcm": 1.0}
+
+
+def test_live_scales_of_each_picture_with_guidance(matrix: Matrix, engine: calotype.Engine) -> None:
+    with_two(matrix, engine)
+    engine.set_loras({})
+    request = replace(matrix.ours.request(STILL), n=2, guidance=4.0, negative_prompt="blurry")
+    with engine.live_loras({"lcm": torch.tensor([0.0, 0.7])}, only=("unet",)):
+        both = latents(engine, request)
+    for i, scale in enumerate((0.0, 0.7)):
+        with engine.live_loras({"lcm": scale}, only=("unet",)):
+            each = latents(engine, request)[i]
+        assert float((both[i] - each).norm() / each.norm()) < 1e-5

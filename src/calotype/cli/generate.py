@@ -216,7 +216,7 @@ def job_like(path: Path, fields: dict[str, Any], models: dict[str, Any], extras:
         message = f"{path} was made by calotype {metadata.get('calotype')}; this is {calotype.__version__}"
         warnings.warn(f"{message}: the picture may differ", CalotypeWarning, stacklevel=2)
     pictures = {name: fields.pop(name) for name in ("image", "mask", "controls") if name in fields}
-    request = Request.from_json(metadata["request"] | pictures)
+    request = Request.from_json(metadata["request"] | pictures | {"loras": None})  # the mix is in what the model had
     index: int | None = metadata["index"]
     if "seed" in fields or "n" in fields:
         own_seed = None if request.seed is None else request.seed + metadata["index"]

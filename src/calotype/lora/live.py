@@ -51,6 +51,8 @@ def _rows(scale: Scale, output: Tensor) -> Scale:
     """A scale that multiplies the rows of an output (B, ...)."""
     if not isinstance(scale, Tensor) or scale.ndim == 0:
         return scale
+    if len(output) == 2 * len(scale):  # with guidance, the same rows without the prompt and with it
+        scale = scale.repeat(2)
     if len(scale) != len(output):
         raise UsageError(f"{len(scale)} scales for a batch of {len(output)} rows", "one for each row, or one for all")
     return scale.to(output.device, output.dtype).view(-1, *[1] * (output.ndim - 1))

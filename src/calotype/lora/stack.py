@@ -51,18 +51,18 @@ class Stack:
         """What is merged now, {name: scale}."""
         return dict(self._mix)
 
-    def describe(self) -> list[dict[str, Any]]:
-        """The merged mix, as what it takes to make it again; those that brought words are in it, if at a scale of 0."""
+    def describe(self, mix: Mix) -> list[dict[str, Any]]:
+        """A mix, as what it takes to make it again; those that brought words are in it, if at a scale of 0."""
         return [
             {
                 "name": name,
                 "ref": lora.ref,
                 "weight_name": lora.weight_name,
                 "revision": lora.revision,
-                "scale": self._mix.get(name, 0.0),
+                "scale": mix.get(name, 0.0),
             }
             for name, lora in self._loras.items()
-            if name in self._mix or lora.words
+            if name in mix or lora.words
         ]
 
     def use(self, parts: Parts) -> None:
@@ -89,7 +89,7 @@ class Stack:
 
     def remove(self, name: str) -> frozenset[Target]:
         """Forgets an adapter, and takes it out of the mix. Returns what was written. Raises UsageError."""
-        self._check_known([name])
+        self.check_known([name])
         written = self.set({other: scale for other, scale in self._mix.items() if other != name})
         del self._loras[name]
         return written
@@ -103,7 +103,7 @@ class Stack:
         name, a scale that is no finite number and a mix that makes weights infinite, and CheckpointError where a weight
         is not (or no longer) what the model's files hold. Everything is as it was then.
         """
-        self._check_known(mix)
+        self.check_known(mix)
         for name, scale in mix.items():
             if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
                 raise UsageError(f"the scale of {name!r} is {shown(scale)}: a finite number is needed")
@@ -134,7 +134,8 @@ class Stack:
         self._kept = {target: value for target, value in self._kept.items() if target in after}
         return frozenset(changed)
 
-    def _check_known(self, names: Collection[str]) -> None:
+    def check_known(self, names: Collection[str]) -> None:
+        """Raises UsageError for a name that no adapter has."""
         if unknown := [name for name in names if name not in self._loras]:
             there = ", ".join(self._loras) or "none"
             raise UsageError(f"no adapter {unknown[0]!r}: there are {there}", "add it first")
@@ -194,13 +195,14 @@ class Stack:
     def live(self, mix: Mapping[str, Scale], *, only: Collection[str] = NETWORKS) -> Iterator[None]:
         """Within it the networks compute with these adapters on top of what is merged; no weight is written.
 
-        A scale is a number, or one for each row of the U-Net's batch, (B,): different mixes in one batch. For rows, say
+        A scale is a number, or one for each row of the U-Net's batch, (B,): different mixes in one batch; guidance's
+        second evaluation of the same rows, in one batch with the first, takes them again. For rows, say
         `only=("unet",)` and encode each mix's text by itself: the text encoders have no such rows. Motion modules mix
         all rows, so their scales must agree. Nested calls replace each other: the innermost counts, and `live({})` is
         none. Gradients reach adapters whose tensors want them; with checkpointing, stay within for the backward pass.
         Raises UsageError, CheckpointError.
         """
-        self._check_known(mix)
+        self.check_known(mix)
         terms = self._terms(mix, only)
         outer, mine = self._live, object()
         modules = {network: dict(module.named_modules()) for network, module in networks(self._parts).items()}
