@@ -206,7 +206,7 @@ def test_the_loss_falls(tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None
         ({"objective": "pcm", "phases": 5, "sampler": "lcm"}, "sampler is 'lcm': must be one of ddim"),
         ({"loss_type": "l1"}, "loss_type is 'l1'"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
-        ({"dtype": "float8"}, "dtype is 'float8': must be one of float16, bfloat16, float32"),
+        ({"dtype": "float8"}, "dtype is 'float8': must be one of float32, bfloat16, float16"),
         ({"validation_samples": 2}, "validation_samples is 2"),
         ({"patience": -1}, "patience is -1"),
         ({"samples": 0}, "samples is 0"),
