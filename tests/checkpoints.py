@@ -13,6 +13,13 @@ SLIM: dict[str, Any] = {  # of a U-Net like SSD-1B's
     "reverse_transformer_layers_per_block": [[1, 2], 1],
     "mid_block_type": "UNetMidBlock2D",
 }
+CONTROLNET: dict[str, Any] = {  # of a ControlNet for the model that is like Stable Diffusion 1.5
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": 32,
+    "conditioning_embedding_out_channels": (8, 8, 16, 16),
+}
 WORDS = ("a", "fox", "red", "cat", "in", "the", "snow", "of", "dog", "astronaut")
 
 

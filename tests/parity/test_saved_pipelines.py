@@ -24,15 +24,8 @@ import calotype
 from calotype.errors import CalotypeWarning, CheckpointError
 from calotype.weights.inspect import inspect_model
 from calotype.weights.load import load_parts
-from checkpoints import randomise
+from checkpoints import CONTROLNET, randomise
 
-CANNY: dict[str, Any] = {
-    "block_out_channels": (32, 64),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "layers_per_block": 1,
-    "cross_attention_dim": 32,
-    "conditioning_embedding_out_channels": (8, 8, 16, 16),
-}
 MOTION: dict[str, Any] = {
     "block_out_channels": (32, 64),
     "motion_layers_per_block": 1,
@@ -59,7 +52,7 @@ def equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
 
 
 def test_controlnets_beside_a_model(tiny_sd15: Path, tmp_path: Path) -> None:
-    networks = [drawn(ControlNetModel(**CANNY)) for _ in range(2)]
+    networks = [drawn(ControlNetModel(**CONTROLNET)) for _ in range(2)]
     folder = saved(tiny_sd15, tmp_path / "m", StableDiffusionControlNetPipeline, controlnet=networks)
     with pytest.warns(CalotypeWarning, match="controlnet is not used: MultiControlNetModel, load it by add_control"):
         engine = calotype.load(folder, device="cpu")

@@ -24,17 +24,10 @@ from calotype.weights.adapter_configs import controlnet_config, raw_controlnet, 
 from calotype.weights.control import check_control, control_on_meta, load_control, made_for
 from calotype.weights.ldm import control_table
 from calotype.weights.load import network_shapes
-from checkpoints import save
+from checkpoints import CONTROLNET, save
 
 Copy = Callable[[Path], Path]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-CONTROLNET: dict[str, Any] = {
-    "block_out_channels": (32, 64),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "layers_per_block": 1,
-    "cross_attention_dim": 32,
-    "conditioning_embedding_out_channels": (8, 8, 16, 16),
-}
 T2I: dict[str, dict[str, Any]] = {
     "full": {"channels": [8, 16, 24, 24]},
     "light": {"channels": [8, 16, 24], "num_res_blocks": 4, "adapter_type": "light_adapter"},

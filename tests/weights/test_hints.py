@@ -26,6 +26,7 @@ from calotype.weights.load import load_parts
 from calotype.weights.motion import load_motion
 from calotype.weights.source import choose_file, needed
 from calotype.weights.unpickle import tensors_of
+from checkpoints import CONTROLNET
 
 Copy = Callable[[Path], Path]
 DIFFUSERS = "diffusion_pytorch_model"
@@ -173,20 +174,11 @@ def test_a_lone_autoencoder(tiny_sd15: Path, tmp_path: Path) -> None:
     assert load_parts(tiny_sd15, vae=made).vae.config == load_parts(tiny_sd15).vae.config
 
 
-CANNY: dict[str, Any] = {
-    "block_out_channels": (32, 64),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "layers_per_block": 1,
-    "cross_attention_dim": 32,
-    "conditioning_embedding_out_channels": (8, 8, 16, 16),
-}
-
-
 def test_a_control(tmp_path: Path) -> None:
     """As a folder, inside another, and alone."""
     from diffusers import ControlNetModel
 
-    ControlNetModel(**CANNY).save_pretrained(tmp_path / "repo/canny")
+    ControlNetModel(**CONTROLNET).save_pretrained(tmp_path / "repo/canny")
     file = tmp_path / f"repo/canny/{DIFFUSERS}.safetensors"
     torch.save(load_file(file), tmp_path / "control_v11p_sd15_canny.pth")
     pickle(file, f"{DIFFUSERS}{{}}.bin")

@@ -20,7 +20,7 @@ from calotype.lora.scaling import METADATA, PEFT_CONFIG, PEFT_FILE, Scaling, rea
 from calotype.lora.words import is_of_word, read_words
 from calotype.parts import Parts
 from calotype.weights import source
-from calotype.weights.detect import looks_like
+from calotype.weights.detect import looks_like, shapes_of
 from calotype.weights.files import is_finite, metadata, read, shown
 from calotype.weights.habits import habit_of
 from calotype.weights.names import BOOKKEEPING
@@ -57,7 +57,7 @@ def _changes(path: Path, tensors: Mapping[str, Tensor], parts: Parts) -> dict[st
         raise CheckpointError(f"{path} is not supported: it is {known[0]} ({shown(known[1])})", KNOWN)
     layers, strange = layers_of(mine)
     if not layers:
-        held = looks_like({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        held = looks_like(shapes_of(tensors))
         raise CheckpointError(f"{path} holds no adapter that can be read: it looks like {held}", KNOWN)
     modules = networks(parts)
     shapes = {
@@ -171,7 +171,7 @@ def _misfit(
     titles = {family.name: family.title for family in FAMILIES}
     faults = (("name nothing in it", strange), ("are of another shape", misshapen))
     said = "; ".join(f"{len(names)} {what} ({_first(names)})" for what, names in faults if names)
-    likely = made_for({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    likely = made_for(shapes_of(tensors))
     hint = FAMILY_HINT
     if parts.motion is None and any("motion_modules" in name for name in strange):
         hint = "a motion LoRA takes a motion adapter: set that first"

@@ -7,6 +7,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from calotype.weights.wrapping import INNER
+
 ADAPTER = r"(?:\.(?!weight$|bias$)[\w-]+)?"  # in PEFT's own state the adapter's name stands behind the tensor's
 
 # How a key ends, and what its tensor is; the first that fits counts.
@@ -41,9 +43,6 @@ ENDINGS = tuple(
         (r"\.(?P<part>on_input|weight)", "ia3_"),  # LyCORIS' IA3
     )
 )
-
-# What compilers and sharding put between the names of a key, which may be in the adapter's part of it as well.
-WRAPPED = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 # Adapters that are known, but not applied, and what their keys have. Most are PEFT's.
 UNSUPPORTED = {
@@ -99,7 +98,7 @@ def layers_of(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]
     found: dict[str, dict[str, str]] = {}
     strange = []
     for key in keys:
-        plain = WRAPPED.sub("", key)
+        plain = INNER.sub("", key)  # which may be in the adapter's part of a key as well
         match, part = next(((m, part) for pattern, part in ENDINGS if (m := pattern.fullmatch(plain))), (None, ""))
         if match is not None:
             part += match.groupdict().get("part", "")

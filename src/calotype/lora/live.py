@@ -27,8 +27,8 @@ def term(module: nn.Module, parameter: str, delta: Delta, base: Callable[[], Ten
         return lambda x: _low_rank(module, moved, x)
     pristine = base().to(like.device, torch.float32)
     if trained:
-        dtype = like.dtype if isinstance(module, nn.Embedding) else None  # the input there is whole numbers
-        return lambda x: _layer(module, parameter, delta(pristine, 1.0).to(x.dtype if dtype is None else dtype), x)
+        of_words = isinstance(module, nn.Embedding)  # the input there is whole numbers
+        return lambda x: _layer(module, parameter, delta(pristine, 1.0).to(like.dtype if of_words else x.dtype), x)
     change = delta(pristine, 1.0).to(like.dtype)
     return lambda x: _layer(module, parameter, change, x)
 

@@ -16,6 +16,7 @@ from calotype.nn.clip import CLIPText
 from calotype.nn.unet import UNet
 from calotype.parts import Parts
 from calotype.weights.ldm import unet_table
+from calotype.weights.wrapping import COMPILERS
 
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")
 ADAPTABLE = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
@@ -41,7 +42,7 @@ LONGEST_FIRST = sorted(PREFIXES, key=len, reverse=True)
 
 # What PEFT, LyCORIS, compilers, sharding and transformers put around a network or a block. No network here has a module
 # with such a name, so it may go wherever it stands. With `_` for dots, as kohya has it, `model` may be of `text_model`.
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module", "lycoris", "processor")
+WRAPPERS = (*COMPILERS, "module", "lycoris", "processor")
 DOTTED_WRAPPERS = {*WRAPPERS, "base_model", "model", "transformer"}
 WRAPPED = re.compile(rf"(?:(?<=_)|^)(?:base_model_model|{'|'.join(WRAPPERS)})(?:_|$)")
 

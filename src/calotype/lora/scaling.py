@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import safe_open
-
 from calotype.errors import CalotypeWarning
 from calotype.lora.names import NETWORKS
 from calotype.weights.fields import Fields
-from calotype.weights.files import parse_json, read_json
+from calotype.weights.files import metadata, parse_json, read_json
 
 T = TypeVar("T")
 
@@ -68,8 +66,7 @@ def _of(module: str, patterns: Mapping[str, float], default: T) -> float | T:
 
 def read_scalings(path: Path) -> dict[str, Scaling]:
     """Each network's scaling, from the file's header (diffusers) or from adapter_config.json beside it (PEFT)."""
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(METADATA)
+    text = metadata(path).get(METADATA)
     if text is not None:
         where = f"{path}: {METADATA}"
         raw = parse_json(text.encode(), where)

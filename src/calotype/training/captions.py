@@ -83,8 +83,13 @@ def beside(kind: str, data: bytes, where: str) -> tuple[str, ...]:
 
 def read_text(path: Path) -> str:
     """A text file's content, without a byte order mark and the space around it. Raises UsageError."""
+    return decoded(read_bytes(path), str(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's content. Raises UsageError."""
     try:
-        return decoded(path.read_bytes(), str(path))
+        return path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
 

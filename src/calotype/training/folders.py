@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from calotype.errors import UsageError
-from calotype.training.captions import LISTS, TEXTS, Entry, beside, entries
+from calotype.training.captions import LISTS, TEXTS, Entry, beside, entries, read_bytes
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
 ABSOLUTE = re.compile(r"/|[A-Za-z]:/")
@@ -130,20 +130,13 @@ def _beside(
                 continue
             path = folder / found[kind]
             try:
-                captions = beside(kind, _bytes(path), str(path))
+                captions = beside(kind, read_bytes(path), str(path))
             except UsageError:
                 if picture not in source:
                     raise
                 continue
             if captions:
                 yield found[kind], picture, captions
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 # ---- lists ----

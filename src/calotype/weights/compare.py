@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calotype.errors import CheckpointError
-from calotype.weights.detect import Shapes, looks_like
+from calotype.weights.detect import Shapes, looks_like, shapes_of
 from calotype.weights.files import DTYPES, TensorInfo
 from calotype.weights.names import Kind, canonical, may_squeeze
 
@@ -36,7 +36,7 @@ def check(kind: Kind, infos: Mapping[str, TensorInfo], shapes: Shapes, folder: P
     if comparison.faults:
         raise CheckpointError(
             f"the weights in {folder} do not fit its config: of {len(shapes)} tensors {'; '.join(comparison.faults)}; "
-            f"the file looks like {looks_like({name: info.shape for name, info in infos.items()})}",
+            f"the file looks like {looks_like(shapes_of(infos))}",
             "the weights and config.json must come from the same model",
         )
     return comparison.matched

@@ -20,11 +20,11 @@ from calotype.errors import CheckpointError
 from calotype.families import family_of
 from calotype.nn.unet import UNetConfig
 from calotype.parts import Stored
-from calotype.weights.detect import NAMED_REFUSALS, Shapes, looks_like, sort_of
+from calotype.weights.detect import NAMED_REFUSALS, Shapes, looks_like, shapes_of, sort_of
 from calotype.weights.files import shown
 from calotype.weights.ldm import control_names, control_table
 from calotype.weights.names import BOOKKEEPING
-from calotype.weights.wrapping import INNER
+from calotype.weights.wrapping import without_inner
 
 # The tensors that only these networks have; what stands before the name is the network's place in the file.
 PLACE = re.compile(
@@ -53,17 +53,15 @@ class ControlFile:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        return shapes_of(self.tensors)
 
 
 def opened(tensors: Mapping[str, Tensor], where: Path) -> ControlFile:
     """What is the network's among a file's tensors. Raises CheckpointError for what is of another kind."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = shapes_of(tensors)
     if (sort := sort_of(shapes)) in NAMED_REFUSALS:
         raise CheckpointError(f"{where} is {sort}, which is not supported", NAMED_REFUSALS[sort])
-    names = {INNER.sub("", name): name for name in tensors}
-    if len(names) < len(tensors):  # two tensors would have one name
-        names = {name: name for name in tensors}
+    names = without_inner(tensors)
     places = [match["prefix"] for name in names if (match := PLACE.fullmatch(name))]
     if not places:
         return ControlFile(dict(tensors))

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from calotype.families import CUSTOM, Family, recognise
 from calotype.weights.names import Kind
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Shaped(Protocol):
+    """A tensor, or what a file's header says of one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+def shapes_of(tensors: Mapping[str, Shaped]) -> dict[str, tuple[int, ...]]:
+    """Their shapes, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
 
 SINGLE_FILE = "a single-file (LDM) checkpoint"
 TRANSFORMER = "a diffusion transformer, which is another architecture"

@@ -16,7 +16,7 @@ from calotype.schedule import NoiseSchedule
 from calotype.text.tokenizer import Tokenizer
 from calotype.weights import load, source
 from calotype.weights.compare import check
-from calotype.weights.detect import kind_of, looks_like
+from calotype.weights.detect import kind_of, looks_like, shapes_of
 from calotype.weights.files import PICKLES, TensorInfo, header, is_finite, read, read_json, shown, unsafe
 from calotype.weights.folder import SCHEDULER, Folder, Model, available, merged_header, part_header, weight_files
 from calotype.weights.habits import SORTS, habit_of
@@ -105,7 +105,8 @@ def _inspect_part(folder: Path) -> Report:
     likeness = "nothing known"
     with _noting(problems):
         infos = merged_header(weight_files(folder, None))
-        kind, likeness = kind_of(_shapes(infos)), looks_like(_shapes(infos))
+        shapes = shapes_of(infos)
+        kind, likeness = kind_of(shapes), looks_like(shapes)
     part, network = _part_report(kind, folder, problems) if kind else ({}, None)
     report = {"source": str(folder), "looks_like": likeness, "parts": {folder.resolve().name: {"kind": kind, **part}}}
     return report | {"problems": problems} | _unet_facts(network)
@@ -228,10 +229,6 @@ def _find_not_finite(files: list[Path], problems: list[str]) -> None:
         problems.append(
             f"{files[0].parent}: {len(bad)} tensors have NaN or infinite values, the first is {shown(bad[0])}"
         )
-
-
-def _shapes(infos: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
-    return {name: info.shape for name, info in infos.items()}
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from calotype.schedule import NoiseSchedule
 from calotype.text.encode import TextEncoder
 from calotype.weights import configs, source, taesd
 from calotype.weights.compare import check
+from calotype.weights.detect import shapes_of
 from calotype.weights.files import is_finite, read, read_json, shown
 from calotype.weights.folder import SCHEDULER, Folder, Model, check_pickles, check_variant, part_header, weight_files
 from calotype.weights.habits import habit_of
@@ -367,4 +368,4 @@ def _not_finite(which: str, tensor: Tensor, dtype: torch.dtype) -> CheckpointErr
 
 def network_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     """A network's tensors by name."""
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    return shapes_of(network.state_dict())

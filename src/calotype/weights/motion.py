@@ -21,7 +21,7 @@ from calotype.nn.unet import UNetConfig
 from calotype.weights import source
 from calotype.weights.compare import check
 from calotype.weights.configs import MAX_CHANNELS, MAX_DEPTH, MAX_LAYERS, MAX_LEVELS, check_class
-from calotype.weights.detect import Shapes, looks_like
+from calotype.weights.detect import Shapes, looks_like, shapes_of
 from calotype.weights.fields import Fields
 from calotype.weights.files import TensorInfo, read, read_json, shown
 from calotype.weights.folder import check_variant, merged_header, weight_files
@@ -69,7 +69,7 @@ def load_motion(
     """
     path = resolve_motion(ref, variant=variant, revision=revision, offline=offline)
     headers = merged_header(_files(path, variant))
-    infos = {ours: headers[theirs] for ours, theirs in _names(_shapes(headers), path).items()}
+    infos = {ours: headers[theirs] for ours, theirs in _names(shapes_of(headers), path).items()}
     config = _config(path, infos)
     if unet is not None:
         check_motion(config, unet)
@@ -96,7 +96,7 @@ def resolve_motion(
 def read_motion(path: Path, variant: str | None = None) -> dict[str, Tensor]:
     """An adapter's tensors as views of its mapped file, by the names that they have in a U-Net it is attached to."""
     tensors = read(_files(path, variant))
-    names = _names({name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
+    names = _names(shapes_of(tensors), path)
     return {ours: tensors[theirs] for ours, theirs in names.items()}
 
 
@@ -178,12 +178,8 @@ def _files(path: Path, variant: str | None) -> list[Path]:
 
 def _config(path: Path, infos: Mapping[str, TensorInfo]) -> MotionConfig:
     if path.is_file():
-        return motion_config(_raw_config(_shapes(infos), path), str(path))
+        return motion_config(_raw_config(shapes_of(infos), path), str(path))
     return motion_config(read_json(path / "config.json"), str(path / "config.json"))
-
-
-def _shapes(infos: Mapping[str, TensorInfo]) -> Shapes:
-    return {name: info.shape for name, info in infos.items()}
 
 
 def _raw_config(shapes: Shapes, path: Path) -> dict[str, Any]:

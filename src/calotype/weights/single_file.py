@@ -31,6 +31,7 @@ from calotype.weights.detect import (
     is_refiner,
     is_tiny,
     looks_like,
+    shapes_of,
     sort_of,
     unet_family,
     unet_prefix,
@@ -129,7 +130,7 @@ class SingleFile:
         self._places = _places(path)
         headers = {file: header(file) for file in {file for file, _ in self._places.values()}}
         self.infos = {name: headers[file][theirs] for name, (file, theirs) in self._places.items()}
-        self.shapes: Shapes = {name: info.shape for name, info in self.infos.items()}
+        self.shapes: Shapes = shapes_of(self.infos)
         self.sections = sections(self.shapes)
         sort = sort_of(self.shapes)
         if not self.sections or sort not in (None, SINGLE_FILE):
@@ -336,7 +337,7 @@ class SingleFile:
 
 def _places(path: Path) -> dict[str, tuple[Path, str]]:
     """The names that a file's tensors go by here -> which file has them under which name: TAESD is often two files."""
-    shapes = {name: info.shape for name, info in header(path).items()}
+    shapes = shapes_of(header(path))
     if (side := taesd.side_of(shapes)) is not None:
         return taesd.pair(path, side)
     return {taesd.renamed(name): (path, theirs) for name, theirs in unwrapped(shapes).items()}

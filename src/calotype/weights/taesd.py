@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from calotype.errors import CheckpointError, ModelNotFoundError
-from calotype.weights.detect import Shapes
+from calotype.weights.detect import Shapes, shapes_of
 from calotype.weights.files import PICKLES, header, unsafe
 
 Side = Literal["encoder", "decoder"]
@@ -51,7 +51,7 @@ def pair(path: Path, side: Side) -> dict[str, tuple[Path, str]]:
     other = OTHER[side]
     beside = path.with_name(re.sub(rf"{side}(?!.*{side})", other, path.name))
     if beside != path and beside.is_file():
-        shapes = {name: info.shape for name, info in header(beside).items()}
+        shapes = shapes_of(header(beside))
         if side_of(shapes) != other:
             raise CheckpointError(f"{beside} is not the {other} that belongs to {path.name}")
         return found | {renamed(name, other): (beside, name) for name in shapes}
