@@ -44,7 +44,8 @@ ROOMS: dict[str, str] = {
     "resolve": "parts sampling samplers schedule request images masks",
     "prepare": "resolve generate parts sampling schedule request images masks latents nn",
     "lora": "nn weights parts families text.inversion text.encode",
-    "engine": "generate prepare resolve parts weights lora images video request schedule samplers precision nn.motion"
+    "result": "request images video",
+    "engine": "generate prepare resolve result parts weights lora request schedule samplers precision nn.motion"
     " text.inversion",
     "training": "generate prepare sampling schedule precision weights lora parts images latents nn text request"
     " atomic samplers",

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from calotype.engine import Engine, Result, Step, load
+    from calotype.engine import Engine, Step, load
     from calotype.errors import (
         CalotypeError,
         CalotypeWarning,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from calotype.images import canny, open_image
     from calotype.request import Control, Request
+    from calotype.result import Result
     from calotype.training.trainer import distill
 
     __version__: str
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 _HOME = {
     "load": "calotype.engine",
     "Engine": "calotype.engine",
-    "Result": "calotype.engine",
+    "Result": "calotype.result",
     "Step": "calotype.engine",
     "Request": "calotype.request",
     "Control": "calotype.request",

@@ -1,0 +1,63 @@
+"""What comes of a request: its pictures, and what it takes to repeat them; and how they are saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from calotype.images import save_png
+from calotype.request import Request
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The pictures of a request, and what it takes to repeat them."""
+
+    images: list[Image.Image]  # of clips: all frames, clip after clip
+    seeds: list[int]  # of each picture or clip
+    request: Request  # with every default filled in
+    timings: dict[str, float]  # seconds of each stage: prepare, denoise, decode, total; and how many `evaluations`
+    model: dict[str, Any]  # engine.describe()
+    notes: tuple[str, ...] = ()  # what was filled in because a few-step model or adapter likes it so
+
+    @property
+    def image(self) -> Image.Image:
+        """The first picture."""
+        return self.images[0]
+
+    @property
+    def frames(self) -> list[Image.Image]:
+        """The frames of the first clip; of a request without frames, its first picture alone."""
+        return self.clips[0]
+
+    @property
+    def clips(self) -> list[list[Image.Image]]:
+        """The frames of each clip; a picture is a clip of one."""
+        length = 1 if self.request.frames is None else self.request.frames
+        return [self.images[i : i + length] for i in range(0, len(self.images), length)]
+
+    def metadata(self, index: int) -> dict[str, Any]:
+        """What picture or clip `index` carries in its file, enough to repeat it once its pictures are given again."""
+        from calotype import __version__
+
+        request = self.request.to_json(pictures=False)
+        return {"calotype": __version__, "request": request, "index": index, "model": self.model}
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Writes pictures as PNG, clips as GIF, WebP or MP4, with their metadata: to `path`, or name-1.png, ..."""
+        path, clips = Path(path), self.clips
+        names = [path]
+        if len(clips) > 1:
+            names = [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(1, len(clips) + 1)]
+        return [self.save_one(i, name) for i, name in enumerate(names)]
+
+    def save_one(self, index: int, path: Path) -> Path:
+        """Writes picture or clip `index`."""
+        if self.request.frames is None:
+            return save_png(self.images[index], path, self.metadata(index))
+        from calotype import video
+
+        return video.save(self.clips[index], path, self.request.fps, self.metadata(index))
