@@ -39,13 +39,16 @@ ROOMS: dict[str, str] = {
     "families": "nn schedule text parts",
     "weights": "nn schedule samplers text parts families atomic",
     "parts": "nn text schedule families",
-    "latents": "images nn parts",
-    "generate": "parts sampling request images latents schedule nn",
+    "latents": "images nn",
+    "generate": "sampling schedule nn",
     "resolve": "parts sampling samplers schedule request images masks",
-    "prepare": "resolve generate parts sampling schedule request images masks latents nn",
+    "picture_inputs": "resolve generate parts sampling request images masks latents nn",
+    "prepare": "resolve generate picture_inputs parts sampling latents nn",
     "lora": "nn weights parts families text.inversion text.encode",
-    "result": "request images video",
-    "engine": "generate prepare resolve result parts weights lora request schedule samplers precision nn.motion"
+    "result": "request images video latents sampling",
+    "run": "prepare resolve generate result latents parts lora nn.call",
+    "batch": "run result request lora nn.call",
+    "engine": "run batch resolve result parts weights lora request schedule samplers precision nn.motion"
     " text.inversion",
     "training": "generate prepare sampling schedule precision weights lora parts images latents nn text request"
     " atomic samplers",

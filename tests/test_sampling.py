@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calotype.errors import UsageError
-from calotype.sampling import SAMPLERS, Eval, Source, Step, draw_noise, draws_needed, grid_for, guided, lcm, tcd
+from calotype.sampling import SAMPLERS, Eval, Source, Update, draw_noise, draws_needed, grid_for, guided, lcm, tcd
 from calotype.schedule import NoiseSchedule
 
 LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -23,12 +23,12 @@ def schedule(kind: str = "DDIMScheduler", **fields: object) -> NoiseSchedule:
 
 def run(
     name: str, levels: NoiseSchedule, grid: Sequence[float], noise: Sequence[Tensor], network: Network
-) -> list[Step]:
+) -> list[Update]:
     steps, sampler = [], SAMPLERS[name](levels, grid, noise)
     for ev in sampler:
         assert isinstance(ev, Eval)
         steps.append(sampler.send(network(ev.x, ev.t)))
-    assert all(isinstance(step, Step) for step in steps)
+    assert all(isinstance(step, Update) for step in steps)
     return steps
 
 
@@ -142,7 +142,7 @@ def test_samplers_alternate_and_say_where_they_are(name: str) -> None:
         assert ev.t.shape == (2,)
         assert ev.t.dtype == torch.int64
         if before is not None:
-            assert torch.equal(ev.x, before.x), "a Step's x is what the network sees next"
+            assert torch.equal(ev.x, before.x), "a Update's x is what the network sees next"
         before = sampler.send(wavy(ev.x, ev.t))
         assert torch.equal(before.t, ev.t)
         seen.append((ev.index, before.index, ev.t[0].item()))

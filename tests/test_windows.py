@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Generator
 
 import pytest
 import torch
 
 from calotype.errors import UsageError
+from calotype.nn.call import Call, Network
 from calotype.nn.unet import Conditioning, Residuals
-from calotype.nn.windows import blend, context_windows, run_windows, window_weights
+from calotype.nn.windows import blend, by_windows, context_windows, window_weights
 
 
 @pytest.mark.parametrize("overlap", [0, 1, 4, 12, 15])
@@ -63,7 +65,18 @@ def test_half_precision_is_averaged_in_single() -> None:
     assert mean[0, 1, 0] == 1.0 + 2**-11
 
 
-class Network:
+def answered(asking: Generator[Call, torch.Tensor, torch.Tensor], network: Network) -> torch.Tensor:
+    """What a generator of calls returns, each call answered by the network."""
+    try:
+        call = next(asking)
+        while True:
+            call = asking.send(call.answered_by(network))
+    except StopIteration as end:
+        output: torch.Tensor = end.value
+        return output
+
+
+class Noted:
     """Says which rows it was called with: each output is its row's x, plus its residuals, plus its window's number."""
 
     def __init__(self) -> None:
@@ -77,15 +90,14 @@ class Network:
         residuals: Residuals | None,
         frames: int | None,
     ) -> torch.Tensor:
+        assert residuals is not None
         rows = x.flatten()
         assert torch.equal(t.double(), rows)
         assert torch.equal(conditioning.context.flatten(), rows)
         assert conditioning.w is not None
         assert torch.equal(conditioning.w, rows)
-        if residuals is not None:
-            assert residuals.mid is not None
-            for given in (residuals.mid, *residuals.down, *residuals.level):
-                assert torch.equal(given.flatten(), rows)
+        for given in (residuals.mid, *residuals.down, *residuals.level):
+            assert given is None or torch.equal(given.flatten(), rows)
         self.calls.append((rows.tolist(), frames))
         return x
 
@@ -94,10 +106,11 @@ class Network:
 def test_each_window_gets_its_rows_of_every_clip(controlled: bool) -> None:
     rows = torch.arange(3 * 5).double()  # three clips of five frames
     picture = rows.view(-1, 1, 1, 1)
-    residuals = Residuals((picture, picture), picture, (picture,)) if controlled else None
+    residuals = Residuals((picture, picture), picture, (picture,)) if controlled else Residuals()
     conditioning = Conditioning(rows.view(-1, 1, 1), w=rows)
-    network = Network()
-    out = run_windows(network, picture, rows.long(), conditioning, residuals, 5, context_windows(5, 4, 1))
+    network = Noted()
+    call = Call(picture, rows.long(), conditioning, residuals, 5)
+    out = answered(by_windows(call, context_windows(5, 4, 1)), network)
     assert network.calls == [
         ([0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13], 4),
         ([1, 2, 3, 4, 6, 7, 8, 9, 11, 12, 13, 14], 4),
@@ -105,15 +118,12 @@ def test_each_window_gets_its_rows_of_every_clip(controlled: bool) -> None:
     torch.testing.assert_close(out, picture)
 
 
-def test_one_window_is_one_plain_call() -> None:
-    x, t, conditioning = torch.ones(6, 1, 1, 1), torch.ones(6), Conditioning(torch.ones(6, 1, 1))
-    seen: list[tuple[object, ...]] = []
-
-    def network(*arguments: object) -> torch.Tensor:
-        seen.append(arguments)
-        return x
-
-    assert run_windows(network, x, t, conditioning, None, 3, context_windows(3)) is x
-    (arguments,) = seen
-    assert [id(each) for each in arguments[:3]] == [id(x), id(t), id(conditioning)]
-    assert arguments[3:] == (None, 3)
+@pytest.mark.parametrize("windows", [[], context_windows(3)])
+def test_one_window_is_the_call_itself(windows: list[range]) -> None:
+    x = torch.ones(6, 1, 1, 1)
+    call = Call(x, torch.ones(6), Conditioning(torch.ones(6, 1, 1)), frames=3)
+    asking = by_windows(call, windows)
+    assert next(asking) is call
+    with pytest.raises(StopIteration) as end:
+        asking.send(x)
+    assert end.value.value is x

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from calotype.engine import Engine, Step, load
+    from calotype.engine import Engine, load
     from calotype.errors import (
         CalotypeError,
         CalotypeWarning,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     )
     from calotype.images import canny, open_image
     from calotype.request import Control, Request
-    from calotype.result import Result
+    from calotype.result import Result, Step
     from calotype.training.trainer import distill
 
     __version__: str
@@ -36,7 +36,7 @@ _HOME = {
     "load": "calotype.engine",
     "Engine": "calotype.engine",
     "Result": "calotype.result",
-    "Step": "calotype.engine",
+    "Step": "calotype.result",
     "Request": "calotype.request",
     "Control": "calotype.request",
     "canny": "calotype.images",

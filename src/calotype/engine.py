@@ -6,15 +6,15 @@ import time
 import warnings
 from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from calotype.batch import Batch
 from calotype.errors import CalotypeWarning, UsageError
-from calotype.generate import Step, develop, generate
 from calotype.lora import Delta, LoRA, Stack, load_lora
 from calotype.lora.live import Scale
 from calotype.lora.names import MOTION, NETWORKS
@@ -22,10 +22,10 @@ from calotype.lora.words import Words
 from calotype.nn import motion
 from calotype.parts import Habit, Motion, Parts, Stored
 from calotype.precision import DTYPES, warn_of_emulation
-from calotype.prepare import prepare, seeds
 from calotype.request import Request, adapter_name
-from calotype.resolve import notes, resolve
-from calotype.result import Result
+from calotype.resolve import Resolved, resolve
+from calotype.result import Result, Step
+from calotype.run import Run
 from calotype.samplers import CONSISTENCY
 from calotype.schedule import NoiseSchedule
 from calotype.text import inversion
@@ -34,22 +34,12 @@ from calotype.weights.habits import habit_of
 from calotype.weights.load import load_parts
 from calotype.weights.motion import beta_schedule_of, load_motion, read_motion, resolve_motion, with_betas
 
-__all__ = ["Engine", "Result", "Step", "load"]
+__all__ = ["Engine", "load"]
 
 UNSAID = (
     "the LoRA {!r} changes every layer, as few-step LoRAs do, and does not say how it is used: if it is one, say"
     " sampler, steps and guidance, such as lcm, 4 and 1"
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Taken:
-    """What a stream took of its engine when it was made."""
-
-    parts: Parts
-    mix: Mapping[str, float]
-    loras: Mapping[str, LoRA]  # those of the mix: a name may be another's later
-    model: dict[str, Any]  # Engine.describe
 
 
 class Engine:
@@ -85,19 +75,22 @@ class Engine:
         A few-step adapter that is in force, or a few-step model, brings its own sampler, steps and guidance (`notes`
         says which). Raises UsageError, also where two adapters contradict each other in what is left open.
         """
-        return resolve(self.parts, request, self._habits(request))
+        return self._resolve(request)[0].request
 
     def notes(self, request: Request) -> list[str]:
         """A line for each few-step model or adapter that decides something which the request leaves open, or that may
-        be one and does not say how it is used.
+        be one and does not say how it is used; and for what this model will do badly. Raises UsageError.
         """
-        habits = self._habits(request)
+        return self._resolve(request)[1]
+
+    def _resolve(self, request: Request) -> tuple[Resolved, list[str]]:
+        habits, mix = self._habits(request), self._mix_of(request)
+        resolved, notes = resolve(self.parts, request, habits)
         asked = (request.sampler, request.steps, request.timesteps, request.guidance)
-        if habits or self.parts.defaults.sampler in CONSISTENCY or asked != (None,) * len(asked):
-            return notes(self.parts, request, habits)
-        loras = [name for name, scale in self._mix_of(request).items() if scale > 0]
-        unsaid = [UNSAID.format(name) for name in loras if self._stack.loras[name].may_be_few_step]
-        return [*notes(self.parts, request, habits), *unsaid]
+        if not habits and self.parts.defaults.sampler not in CONSISTENCY and asked == (None,) * len(asked):
+            loras = [name for name, scale in mix.items() if scale > 0]
+            notes += [UNSAID.format(name) for name in loras if self._stack.loras[name].may_be_few_step]
+        return resolved, notes
 
     def _habits(self, request: Request) -> dict[str, Habit]:
         """The few-step adapters that are in force, by what to call them, and how they like to be used."""
@@ -117,33 +110,38 @@ class Engine:
         The adapters are those of this moment, whatever is set while it runs; streams may be interleaved. Raises
         UsageError, also at the step before which a LoRA of it or the motion adapter was taken away.
         """
-        started = time.perf_counter()
-        said, resolved, mix = tuple(self.notes(request)), self.resolve(request), self._mix_of(request)
-        loras = self._stack.loras
-        taken = Taken(self.parts, mix, {name: loras[name] for name in mix}, self.describe(mix))
-        return self._stream(resolved, taken, said, started)
+        return self._stream(self._take(request))
 
-    def _stream(
-        self, request: Request, taken: Taken, said: tuple[str, ...], started: float
-    ) -> Generator[Step, None, Result]:
+    def _stream(self, run: Run) -> Generator[Step, None, Result]:
         try:
-            self._merge(taken)
-            job = prepare(taken.parts, request)
-            timings = {"prepare": time.perf_counter() - started, "denoise": 0.0}
-            steps = generate(taken.parts, job)
-            for _ in job.grid:
-                clock = time.perf_counter()
-                self._merge(taken)
-                step = next(steps)
-                timings["denoise"] += time.perf_counter() - clock  # the caller's own time between steps is not ours
-                yield step
-            clock = time.perf_counter()
-            images = develop(taken.parts, job, step.x0)
-            timings["decode"] = time.perf_counter() - clock
+            self._merge(run, run.mix)
+            run.begin()
+            while run.call is not None:
+                with run.timed("denoise"):
+                    self._merge(run, run.mix)
+                    with torch.inference_mode():
+                        output = run.call.answered_by(run.parts.unet)
+                step = run.answer(output)
+                if step is not None:
+                    yield step
+            return run.result()
         finally:
             self._merge_own()
-        timings |= {"total": sum(timings.values()), "evaluations": job.evaluations}
-        return Result(images, seeds(request), request, timings, taken.model, said)
+
+    def batch(self, *, rows: int = 32) -> Batch:
+        """Where requests are drawn together. A call of the network has at most so many rows, one for each picture, or
+        two where it is guided by real evaluations; or those of a single request.
+        """
+        return Batch(self._take, self._merge, self._merge_own, self._stack, rows)
+
+    def _take(self, request: Request) -> Run:
+        """A run with the adapters of this moment. Raises UsageError."""
+        clock = time.perf_counter()
+        resolved, notes = self._resolve(request)
+        mix, loras = self._mix_of(request), self._stack.loras
+        run = Run(self.parts, resolved, notes, mix, {name: loras[name] for name in mix}, self.describe(mix))
+        run.seconds["prepare"] += time.perf_counter() - clock
+        return run
 
     def _mix_of(self, request: Request) -> dict[str, float]:
         """The LoRAs that a request is drawn with. Raises UsageError for a name that `add_lora` has not given."""
@@ -152,17 +150,17 @@ class Engine:
         self._stack.check_known(request.loras)
         return dict(request.loras)
 
-    def _merge(self, taken: Taken) -> None:
-        """Puts a stream's LoRAs into the weights, where another's are there. Raises UsageError if they are gone."""
+    def _merge(self, run: Run, mix: Mapping[str, float]) -> None:
+        """Puts LoRAs into the weights for a run, where others are there. Raises UsageError if its own are gone."""
         there = self._stack.loras
-        gone = [name for name, lora in taken.loras.items() if there.get(name) is not lora]
-        if gone or self.parts.motion is not taken.parts.motion:
+        gone = [name for name, lora in run.loras.items() if there.get(name) is not lora]
+        if gone or self.parts.motion is not run.parts.motion:
             raise UsageError(
                 f"{f'the LoRA {gone[0]!r}' if gone else 'the motion adapter'} was taken away while a request was drawn",
                 "let its stream end first",
             )
-        if taken.mix != self._stack.mix:
-            self._stack.set(taken.mix)
+        if mix != self._stack.mix:
+            self._stack.set(mix)
 
     def _merge_own(self) -> None:
         """Puts the engine's own mix into the weights again."""

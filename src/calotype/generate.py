@@ -1,49 +1,51 @@
-"""The one loop for every task: a prepared request becomes Step, Step, ..., each a little clearer than the one before.
+"""The one loop for every task: a prepared request becomes one update after another, each a little clearer.
 
-A Job (calotype.prepare makes it) holds its sampler, its noise and all that steers the network; `generate` drives one. A
-batcher drives many: it takes an Eval from each job's sampler, runs the network once for all, and sends each its share.
+A Job (calotype.prepare makes it) asks for calls of the U-Net and is sent their outputs: guidance, controls, inpainting
+and windows are in what it asks. `generate` drives one job; `calotype.batch` drives many, with one call of the network
+for all that fit together.
 
 Shapes: n pictures of a request, or n clips of F frames: n F rows, clip by clip; latents (n F, C, h, w).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from calotype import sampling
-from calotype.images import grid
-from calotype.latents import decode
+from calotype.nn.call import Call, Network
 from calotype.nn.controlnet import ControlNet
 from calotype.nn.unet import Conditioning, Residuals
-from calotype.nn.windows import run_windows
-from calotype.parts import Parts
-from calotype.request import Request
-from calotype.sampling import Eval, Sampler, guided
+from calotype.nn.windows import by_windows
+from calotype.sampling import Sampler, Update, guided
 from calotype.schedule import NoiseSchedule
 
 ROWS = 32  # that a ControlNet sees at a time: its memory must not grow with a clip's length
 
-Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
-UNetCall = Callable[[Tensor, Tensor, Conditioning, Residuals | None, int | None], Tensor]
+# Asks for a call and takes its output, again and again; then yields the update that follows, and goes on.
+Asking = Generator[Call | Update, Tensor | None, None]
 
 
 @dataclass(frozen=True, eq=False)
-class Step(sampling.Step):
-    """One step of a request: index, t, x (latents after the update) and x0 (denoised latents), both (n F, C, h, w)."""
+class Guidance:
+    """How a request is guided by real evaluations; without a negative conditioning it is not."""
 
-    total: int  # how many steps there will be
-    parts: Parts
+    schedule: NoiseSchedule
+    scale: float = 1.0  # diffusers' guidance_scale
+    negative: Conditioning | None = None
+    steps: int | None = None  # guide the first so many; None: all
+    mode: str = "full"  # or "once": the negative prompt is evaluated in the first step only
 
-    def preview(self) -> Image.Image:
-        """What the picture looks like so far: x0 decoded; several pictures as a sheet."""
-        images = decode(self.parts, self.x0)
-        return images[0] if len(images) == 1 else grid(images, columns=math.ceil(math.sqrt(len(images))))
+    def evaluations(self, index: int) -> int:
+        """How often step `index` evaluates the network for each row."""
+        return 1 if not self.acts(index) or (self.mode == "once" and index > 0) else 2
+
+    def acts(self, index: int) -> bool:
+        """Whether step `index` is guided."""
+        return self.negative is not None and (self.steps is None or index < self.steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,94 +76,73 @@ class Steering:
         return residuals.scaled(self.scale)
 
 
-class Guidance:
-    """How a request is guided by real evaluations; without a negative conditioning it is not."""
-
-    def __init__(
-        self,
-        schedule: NoiseSchedule,
-        scale: float,
-        negative: Conditioning | None,
-        steps: int | None = None,
-        mode: str = "full",
-    ) -> None:
-        self.schedule, self.scale, self.negative, self.mode = schedule, scale, negative, mode
-        self.steps = steps  # guide the first so many; None: all
-        self.x0: Tensor | None = None  # mode "once": what the negative prompt saw in the first step
-
-    def evaluations(self, index: int) -> int:
-        """How often step `index` evaluates the network for each row."""
-        off = self.negative is None or (self.steps is not None and index >= self.steps)
-        return 1 if off or (self.mode == "once" and index > 0) else 2
-
-    def __call__(self, network: Network, ev: Eval, conditioning: Conditioning) -> Tensor:
-        """The guided output for an Eval."""
-        if self.negative is None or (self.steps is not None and ev.index >= self.steps):
-            return network(ev.x, ev.t, conditioning)
-        if self.mode == "once" and ev.index > 0:
-            # Residual guidance (Kodaira et al. 2023, arXiv 2312.12491, 3.3, "onetime-negative"): the clean latent
-            # that the negative prompt saw at first stands for what it would see now.
-            assert self.x0 is not None
-            out = network(ev.x, ev.t, conditioning)
-            uncond = self.schedule.to_output(ev.x, self.x0, ev.t).to(out.dtype)
-            return guided(out, uncond, self.scale)
-        both = Conditioning.cat([self.negative, conditioning])
-        uncond, cond = network(torch.cat([ev.x, ev.x]), torch.cat([ev.t, ev.t]), both).chunk(2)
-        if self.mode == "once":
-            self.x0 = self.schedule.to_x0(ev.x, uncond, ev.t)
-        return guided(cond, uncond, self.scale)
-
-
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A request that is ready to be denoised."""
+    """A request that is ready to be denoised. It is a value: every run of it is the same."""
 
-    request: Request  # resolved
     grid: tuple[float, ...]  # timesteps
-    sampler: Sampler
+    sampler: Callable[[], Sampler]  # begins it
     conditioning: Conditioning  # n F rows
     guidance: Guidance
     controls: tuple[Steering, ...] = ()
+    frames: int | None = None  # of a clip
     windows: tuple[range, ...] = ()  # of a clip: the frames that the network sees together
     beside: Tensor | None = (
-        None  # what an inpainting U-Net sees beside the latents: mask, masked picture (n F, 5, h, w)
+        None  # what an inpainting U-Net sees beside the latents (n F, 5, h, w): mask, masked picture
     )
-    finish: Callable[[list[Image.Image]], list[Image.Image]] | None = None  # puts what was not painted back
+    finish: Callable[[int, Image.Image], Image.Image] | None = None  # puts back what was not to be painted
 
     @property
     def evaluations(self) -> float:
         """How often the U-Net is evaluated for each picture, in all; of frames in overlapping windows, on average."""
-        windows = sum(map(len, self.windows)) / self.request.frames if self.request.frames and self.windows else 1
+        windows = sum(map(len, self.windows)) / self.frames if self.frames and self.windows else 1
         return windows * sum(self.guidance.evaluations(i) for i in range(len(self.grid)))
 
-    def evaluate(self, unet: UNetCall, ev: Eval) -> Tensor:
-        """The network's output for one Eval, with everything that steers it."""
+    def run(self) -> Asking:
+        """Asks for each call of the network and is sent its output; then yields the update. The last one's x0 are the
+        latents to decode.
+        """
+        sampler, guidance, schedule = self.sampler(), self.guidance, self.guidance.schedule
+        seen: Tensor | None = None  # mode "once": the clean latents that the negative prompt saw in the first step
+        for ev in sampler:
+            if guidance.negative is not None and guidance.evaluations(ev.index) == 2:
+                both = Conditioning.cat([guidance.negative, self.conditioning])
+                outputs = yield from self._output(ev.index, torch.cat([ev.x, ev.x]), torch.cat([ev.t, ev.t]), both)
+                uncond, out = outputs.chunk(2)
+                if guidance.mode == "once":
+                    seen = schedule.to_x0(ev.x, uncond, ev.t)
+            else:
+                out = yield from self._output(ev.index, ev.x, ev.t, self.conditioning)
+                if guidance.acts(ev.index):
+                    # Residual guidance (Kodaira et al. 2023, arXiv 2312.12491, 3.3, "onetime-negative"): what the
+                    # negative prompt saw at first stands for what it would see now.
+                    assert seen is not None
+                    uncond = schedule.to_output(ev.x, seen, ev.t).to(out.dtype)
+            if guidance.acts(ev.index):
+                out = guided(out, uncond, guidance.scale)
+            update = sampler.send(out)
+            # The reference decodes what the last update gave; DDIM may leave a little noise in it (set_alpha_to_one).
+            yield update if ev.index + 1 < len(self.grid) else replace(update, x0=update.x)
 
-        def network(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-            copies, residuals = len(x) // len(ev.x), Residuals()
-            for control in self.controls:
-                if ev.index / len(self.grid) >= control.start and (ev.index + 1) / len(self.grid) <= control.end:
-                    residuals = residuals + control.at(x, t, conditioning, copies)
-            if self.beside is not None:
-                x = torch.cat([x, self.beside.repeat(copies, 1, 1, 1)], dim=1)
-            if self.request.frames is None:
-                return unet(x, t, conditioning, residuals, None)
-            return run_windows(unet, x, t, conditioning, residuals, self.request.frames, self.windows)
-
-        return self.guidance(network, ev, self.conditioning)
+    def _output(self, index: int, x: Tensor, t: Tensor, conditioning: Conditioning) -> Generator[Call, Tensor, Tensor]:
+        """The network's output for the request's rows, once or twice over, with everything that steers it."""
+        copies, residuals, total = len(x) // len(self.conditioning.context), Residuals(), len(self.grid)
+        for control in self.controls:
+            if index / total >= control.start and (index + 1) / total <= control.end:
+                residuals = residuals + control.at(x, t, conditioning, copies)
+        if self.beside is not None:
+            x = torch.cat([x, self.beside.repeat(copies, 1, 1, 1)], dim=1)
+        return (yield from by_windows(Call(x, t, conditioning, residuals, self.frames), self.windows))
 
 
 @torch.inference_mode()
-def generate(parts: Parts, job: Job) -> Iterator[Step]:
-    """The steps of a prepared request. The last step's x0 are the latents to decode."""
-    for ev in job.sampler:
-        step = job.sampler.send(job.evaluate(parts.unet, ev))
-        last = step.index + 1 == len(job.grid)
-        # The reference decodes what the last update gave; DDIM may leave a little noise in it (set_alpha_to_one false).
-        yield Step(step.index, step.t, step.x, step.x if last else step.x0, len(job.grid), parts)
-
-
-def develop(parts: Parts, job: Job, x0: Tensor) -> list[Image.Image]:
-    """The pictures of a job's final latents; what was not to be painted comes back as it was."""
-    images = decode(parts, x0)
-    return images if job.finish is None else job.finish(images)
+def generate(unet: Network, job: Job) -> Iterator[Update]:
+    """The updates of a job, each of its calls answered by the network at once."""
+    run = job.run()
+    said = next(run, None)
+    while said is not None:
+        if isinstance(said, Call):
+            said = run.send(said.answered_by(unet))
+        else:
+            yield said
+            said = next(run, None)

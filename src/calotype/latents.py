@@ -6,8 +6,7 @@ Shapes: n pictures (n, 3, H, W) in [-1, 1]; latents (n, C, h, w), scaled as the 
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 
@@ -15,29 +14,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from calotype.errors import CalotypeError, CalotypeWarning
+from calotype.errors import CalotypeError
 from calotype.images import to_pil
 from calotype.nn.tiny_vae import AutoencoderTiny
 from calotype.nn.vae import AutoencoderKL
-from calotype.parts import Parts
 
 DECODE_PIXELS = 2**20  # pixels coded at a time: the memory must not grow with the number of pictures or frames
 TILE_PIXELS = 2**21  # a picture of more is coded in tiles
 TILE_SIDE = 512  # pixels of a tile, at least; an autoencoder that was trained on larger pictures has larger tiles
 
 Vae = AutoencoderKL | AutoencoderTiny
-Network = Callable[[Vae, Tensor], Tensor]
+Coding = Callable[[Vae, Tensor], Tensor]  # one half of the autoencoder
+Note = Callable[[str], None]  # takes a line about what goes on, but may surprise
 
 
 @torch.inference_mode()
-def encode(parts: Parts, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
+def encode(vae: Vae, pictures: Tensor, noise: Tensor | None = None, *, note: Note | None = None) -> Tensor:
     """Latents (n, C, h, w) of pictures (m, 3, H, W), float32, on the autoencoder's device.
 
     noise (n, C, h, w), n being m or a multiple of it: samples of the posterior, mean + std * noise (Kingma & Welling
     2013, arXiv 1312.6114, section 2.4), the pictures being repeated in turn. None: its mean, n being m. The tiny
     autoencoder has a point instead of a posterior, and noise is ignored.
     """
-    vae, config = parts.vae, parts.vae.config
+    config = vae.config
     height, width = pictures.shape[-2:]
     if height % config.downscale or width % config.downscale:
         raise ValueError(f"pictures of {width}x{height}: must be multiples of {config.downscale}")
@@ -46,8 +45,8 @@ def encode(parts: Parts, pictures: Tensor, noise: Tensor | None = None) -> Tenso
         mean, logvar = vae.encode(x)
         return mean if logvar is None else torch.cat([mean, logvar], dim=1)
 
-    network = _by_tiles(vae, moments, height * width, config.downscale, 1)
-    coded = torch.cat([_finite(vae, "encoder", network, some).float() for some in _few(pictures, height * width)])
+    coding = _by_tiles(vae, moments, height * width, config.downscale, 1)
+    coded = torch.cat([_finite(vae, "encoder", coding, some, note).float() for some in _few(pictures, height * width)])
     x0 = coded[:, : config.latent_channels]
     if noise is not None:
         repeats = (len(noise) // len(coded), 1, 1, 1)
@@ -59,20 +58,20 @@ def encode(parts: Parts, pictures: Tensor, noise: Tensor | None = None) -> Tenso
 
 
 @torch.inference_mode()
-def decode(parts: Parts, x0: Tensor) -> list[Image.Image]:
-    """Pictures of the latents x0 (n, C, h, w). Raises CalotypeError where something is not a finite number."""
+def decode(vae: Vae, x0: Tensor, *, note: Note | None = None) -> Iterator[Image.Image]:
+    """The pictures of the latents x0 (n, C, h, w), each as soon as it is there. Raises CalotypeError where something is
+    not a finite number.
+    """
     if not torch.isfinite(x0).all():
         raise CalotypeError(
             "the latents are not finite: the U-Net overflowed, or an adapter is damaged",
             hint='load the model with dtype="float32", or leave the adapter out',
         )
-    vae, config = parts.vae, parts.vae.config
+    config = vae.config
     pixels = x0.shape[-2] * x0.shape[-1] * config.downscale**2
-    network = _by_tiles(vae, lambda vae, x: vae.decode(x), pixels, 1, config.downscale)
-    pictures: list[Image.Image] = []
+    coding = _by_tiles(vae, lambda vae, x: vae.decode(x), pixels, 1, config.downscale)
     for some in _few(x0.float() / config.scaling_factor + config.shift_factor, pixels):
-        pictures += to_pil(_finite(vae, "decoder", network, some))
-    return pictures
+        yield from to_pil(_finite(vae, "decoder", coding, some, note))
 
 
 def _few(x: Tensor, pixels: int) -> tuple[Tensor, ...]:
@@ -80,13 +79,13 @@ def _few(x: Tensor, pixels: int) -> tuple[Tensor, ...]:
     return torch.split(x, max(1, DECODE_PIXELS // pixels))
 
 
-def _finite(vae: Vae, name: str, network: Network, x: Tensor) -> Tensor:
-    """network(vae, x) in the autoencoder's dtype; rows where that overflows, in float32.
+def _finite(vae: Vae, name: str, coding: Coding, x: Tensor, note: Note | None) -> Tensor:
+    """coding(vae, x) in the autoencoder's dtype; rows where that overflows, in float32.
 
     The autoencoder itself stays as it is: what one picture needs must not change the pixels of the next.
     """
     weight = next(vae.parameters())
-    out = network(vae, x.to(weight.device, weight.dtype))
+    out = coding(vae, x.to(weight.device, weight.dtype))
     finite = torch.isfinite(out).flatten(1).all(dim=1)
     if finite.all():
         return out
@@ -96,22 +95,22 @@ def _finite(vae: Vae, name: str, network: Network, x: Tensor) -> Tensor:
             f"the {name} gave numbers that are not finite in {dtype}",
             hint="the autoencoder's file is damaged or of another family: load it again, or another with vae=",
         )
-    message = f"the {name} gave numbers that are not finite in {dtype}: those pictures are coded again in float32"
-    warnings.warn(message, CalotypeWarning, stacklevel=2)
+    if note is not None:
+        note(f"the {name} gave numbers that are not finite in {dtype}: those pictures are coded again in float32")
     out = out.float()
-    out[~finite] = _finite(copy.deepcopy(vae).float(), name, network, x[~finite.to(x.device)])
+    out[~finite] = _finite(copy.deepcopy(vae).float(), name, coding, x[~finite.to(x.device)], note)
     return out
 
 
 # ---- tiles ----
 
 
-def _by_tiles(vae: Vae, network: Network, pixels: int, before: int, after: int) -> Network:
-    """The network itself for pictures of so many pixels, or by tiles where they are too many."""
+def _by_tiles(vae: Vae, coding: Coding, pixels: int, before: int, after: int) -> Coding:
+    """The coding itself for pictures of so many pixels, or by tiles where they are too many."""
     if pixels <= TILE_PIXELS:
-        return network
+        return coding
     side = max(vae.config.sample_size, TILE_SIDE) // vae.config.downscale // 4 * 4
-    return lambda vae, x: tiled(partial(network, vae), x, side, before, after)
+    return lambda vae, x: tiled(partial(coding, vae), x, side, before, after)
 
 
 def tiled(network: Callable[[Tensor], Tensor], x: Tensor, side: int, before: int, after: int) -> Tensor:

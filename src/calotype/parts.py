@@ -90,3 +90,8 @@ class Parts:
     def dtype(self) -> torch.dtype:
         """What the U-Net computes in; the autoencoder may have another."""
         return next(self.unet.parameters()).dtype
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the U-Net was made for inpainting: it takes a mask and a masked picture beside the latents."""
+        return self.unet.config.in_channels != self.vae.config.latent_channels

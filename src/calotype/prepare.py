@@ -6,30 +6,92 @@ Shapes: n pictures of a request, or n clips of F frames: n F rows, clip by clip;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from calotype import images, latents, masks
-from calotype.generate import Guidance, Job, Steering
-from calotype.nn.controlnet import ControlNet
-from calotype.nn.t2i_adapter import T2IAdapter
+from calotype.generate import Guidance, Job
+from calotype.latents import Note
 from calotype.nn.tiny_vae import AutoencoderTiny
-from calotype.nn.unet import Conditioning, Residuals
+from calotype.nn.unet import Conditioning, UNetConfig
 from calotype.nn.windows import LENGTH, OVERLAP, context_windows
 from calotype.parts import Parts
-from calotype.request import Control, Request
-from calotype.resolve import grid_of, schedule_of
-from calotype.sampling import GAMMA, Source, draw, draws_needed, generators_for, sampler_for
-
-CHUNK = 16  # frames whose posteriors the reference draws in one call, and that controls embed at a time
+from calotype.picture_inputs import CHUNK, Fit, Start, steering, to_paint, to_start_from
+from calotype.resolve import Resolved
+from calotype.sampling import draw, draws_needed, generators_for, sampler_for
 
 
-# ---- drawing ----
+@torch.inference_mode()
+def prepare(parts: Parts, resolved: Resolved, *, note: Note | None = None) -> Job:
+    """Encodes text and pictures, and draws all noise. `note` takes what may surprise on the way."""
+    request, grid = resolved.request, resolved.grid
+    draws = _draw(parts, resolved)
+    noise = [each.to(parts.device, parts.dtype) for each in draws.steps]
+    rows = len(noise[0])
+    conditioning, negative = condition(
+        parts,
+        [request.prompt] * request.n,
+        request.negative_prompt,
+        resolved.guidance,
+        (resolved.width, resolved.height),
+        clip_skip=request.clip_skip,
+        emphasis=request.emphasis,
+    )
+    windows: tuple[range, ...] = ()
+    if request.frames is not None:
+        clips = torch.arange(request.n, device=parts.device).repeat_interleave(request.frames)
+        conditioning = conditioning.select(clips)
+        negative = None if negative is None else negative.select(clips)
+        if parts.motion is not None:
+            windows = _windows(request.frames, parts.motion.adapter.config.max_frames)
+    guidance = Guidance(resolved.schedule, resolved.guidance, negative, request.guidance_steps, request.guidance_mode)
+
+    fit, start = Fit.of(resolved), Start()
+    if request.image is not None:
+        pictures = request.image if isinstance(request.image, tuple) else (request.image,)
+        if request.mask is None:
+            start = to_start_from(parts, pictures, fit, rows, draws.posterior, note)
+        else:
+            noised = request.strength != 1
+            start = to_paint(
+                parts,
+                pictures,
+                request.mask,
+                fit,
+                request.mask_feather,
+                noised,
+                rows,
+                (draws.posterior, draws.masked),
+                note,
+            )
+    controls = tuple(
+        steering(parts.controls[control.name], control, fit, rows) for control in request.controls if control.scale
+    )
+    return Job(
+        grid,
+        partial(sampler_for, resolved.sampler, resolved.schedule, grid, noise, start.source, resolved.gamma),
+        conditioning,
+        guidance,
+        controls,
+        request.frames,
+        windows,
+        start.beside,
+        start.finish,
+    )
+
+
+def _windows(frames: int, longest: int) -> tuple[range, ...]:
+    """A clip as a whole where the motion adapter knows positions for it, else in windows as it was trained on."""
+    if frames <= longest:
+        return (range(frames),)
+    length = min(LENGTH, longest)
+    return tuple(context_windows(frames, length, min(OVERLAP, length - 1)))
+
+
+# ---- noise ----
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,15 +103,13 @@ class _Draws:
     steps: list[Tensor]  # the start, and what is added between steps
 
 
-def _draw(parts: Parts, request: Request, steps: int) -> _Draws:
+def _draw(parts: Parts, resolved: Resolved) -> _Draws:
     """Text: start, steps. Picture: its posterior, start, steps. Mask: posterior (with 9 channels only at a strength
     below 1), start, the masked picture's posterior (drawn even where it has no use), steps. Clips: each draw has
     frames inside; but the posteriors of frames to start from, 16 at a time, and their start have them outside.
     """
-    config, generators = parts.vae.config, generators_for(seeds(request))
-    assert request.width is not None
-    assert request.height is not None
-    C, h, w = config.latent_channels, request.height // config.downscale, request.width // config.downscale
+    request, config, generators = resolved.request, parts.vae.config, generators_for(resolved.seeds)
+    C, h, w = config.latent_channels, resolved.height // config.downscale, resolved.width // config.downscale
     frames = request.frames
 
     def rows(inside: bool = True) -> Tensor:
@@ -68,76 +128,13 @@ def _draw(parts: Parts, request: Request, steps: int) -> _Draws:
         return torch.cat([draw(generators, (some, C, h, w)) for some in sizes], dim=1).flatten(0, 1)
 
     picture = masked = None
-    if request.image is not None and (_plain(parts) or request.strength != 1):
+    if request.image is not None and (not parts.inpaints or request.strength != 1):
         picture = posterior()
-    start = rows(inside=request.image is None)
+    first = rows(inside=request.image is None)
     if request.mask is not None:
         masked = posterior()
-    return _Draws(picture, masked, [start, *(rows() for _ in range(steps - 1))])
-
-
-def _plain(parts: Parts) -> bool:
-    """Whether the network takes latents and nothing beside them."""
-    return parts.unet.config.in_channels == parts.vae.config.latent_channels
-
-
-# ---- preparing ----
-
-
-@torch.inference_mode()
-def prepare(parts: Parts, request: Request) -> Job:
-    """Encodes text and pictures, and draws all noise, of a resolved request."""
-    assert request.sampler is not None, "the request is not resolved"
-    assert request.guidance is not None
-    assert request.width is not None
-    assert request.height is not None
-    size = (request.width, request.height)
-    schedule, windows = schedule_of(parts, request), tuple[range, ...]()
-    if request.frames is not None and parts.motion is not None:
-        windows = _windows(request.frames, parts.motion.adapter.config.max_frames)
-    times, gamma = grid_of(request, schedule), GAMMA if request.gamma is None else request.gamma
-    draws = _draw(parts, request, draws_needed(request.sampler, len(times), gamma))
-    noise = [each.to(parts.device, parts.dtype) for each in draws.steps]
-    rows = len(noise[0])
-
-    conditioning, negative = condition(
-        parts,
-        [request.prompt] * request.n,
-        request.negative_prompt,
-        request.guidance,
-        size,
-        clip_skip=request.clip_skip,
-        emphasis=request.emphasis,
-    )
-    if request.frames is not None:
-        each = torch.arange(request.n, device=parts.device).repeat_interleave(request.frames)
-        conditioning = conditioning.select(each)
-        negative = None if negative is None else negative.select(each)
-    guidance = Guidance(schedule, request.guidance, negative, request.guidance_steps, request.guidance_mode)
-
-    region = _region(request, size)
-    source = beside = finish = None
-    if request.image is not None:
-        task = _picture_task(parts, request, size, region, rows, draws)
-        source, beside, finish = task.source, task.beside, task.finish
-    sampler = sampler_for(request.sampler, schedule, times, noise, source, gamma)
-    acting = [control for control in request.controls if control.scale]
-    controls = tuple(_steering(parts, control, request, size, region, rows) for control in acting)
-    return Job(request, times, sampler, conditioning, guidance, controls, windows, beside, finish)
-
-
-def _windows(frames: int, longest: int) -> tuple[range, ...]:
-    """A clip as a whole where the motion adapter knows positions for it, else in windows as it was trained on."""
-    if frames <= longest:
-        return (range(frames),)
-    length = min(LENGTH, longest)
-    return tuple(context_windows(frames, length, min(OVERLAP, length - 1)))
-
-
-def seeds(request: Request) -> list[int]:
-    """The seed of each picture: they count up from the request's."""
-    assert request.seed is not None
-    return [request.seed + i for i in range(request.n)]
+    further = draws_needed(resolved.sampler, len(resolved.grid), resolved.gamma) - 1
+    return _Draws(picture, masked, [first, *(rows() for _ in range(further))])
 
 
 # ---- text ----
@@ -150,14 +147,16 @@ def condition(
     guidance: float,
     size: tuple[int, int],
     *,
+    unet: UNetConfig | None = None,
     clip_skip: int | None = None,
     emphasis: bool = False,
 ) -> tuple[Conditioning, Conditioning | None]:
     """What steers the network, a row for each prompt; and the negative prompt's rows, for a second evaluation.
 
     size: width and height in pixels. A guidance embedding takes the scale itself: there is no second evaluation then.
+    unet: of another network than the model's own.
     """
-    n, config, device, dtype = len(prompts), parts.unet.config, parts.device, parts.dtype
+    n, config, device, dtype = len(prompts), unet or parts.unet.config, parts.device, parts.dtype
     embedded = config.guidance_dim is not None
     time_ids = None
     if config.addition_in_dim is not None:  # SDXL: original size, crop, target size
@@ -179,105 +178,3 @@ def condition(
         context, pooled = torch.zeros_like(context), None if pooled is None else torch.zeros_like(pooled)
     pooled = None if pooled is None else pooled.to(device, dtype).expand(n, -1)
     return text, Conditioning(context.to(device, dtype).expand(n, -1, -1), pooled, time_ids)
-
-
-# ---- pictures ----
-
-
-@dataclass(frozen=True, eq=False)
-class _PictureTask:
-    source: Source
-    beside: Tensor | None
-    finish: Callable[[list[Image.Image]], list[Image.Image]] | None
-
-
-def _picture_task(
-    parts: Parts, request: Request, size: tuple[int, int], region: masks.Box | None, rows: int, draws: _Draws
-) -> _PictureTask:
-    """Image to image and inpainting: what the sampler starts from, what the network sees beside, what is put back."""
-    device, dtype = parts.device, parts.dtype
-    assert request.image is not None
-    pictures = request.image if isinstance(request.image, tuple) else (request.image,)
-    plain, noised = _plain(parts), request.mask is None or request.strength != 1
-    if request.mask is None:
-        pixels = torch.cat([images.to_tensor(images.resize(each, *size, request.resize)) for each in pictures])
-        x0 = latents.encode(parts, pixels, draws.posterior)
-        return _PictureTask(Source(_rows(x0, rows).to(device, dtype)), None, None)
-
-    *scaled, mask = [_to_size(each, request, size, region) for each in (*pictures, request.mask)]
-    hole = masks.to_tensor(mask)  # (1, 1, H, W), 0 or 1
-    pixels = torch.cat([images.to_tensor(each) for each in scaled])
-    small = masks.to_latents(hole, parts.vae.config.downscale).to(device, dtype)
-
-    beside = None
-    if not plain:
-        seen = _rows(latents.encode(parts, pixels * (hole < 0.5), draws.masked), rows).to(device, dtype)
-        beside = torch.cat([small.expand(rows, -1, -1, -1), seen], dim=1)
-    x0 = torch.zeros_like(draws.steps[0])
-    if plain or noised:
-        x0 = _rows(latents.encode(parts, pixels, draws.posterior), rows)
-    source = Source(x0.to(device, dtype), small if plain else None, noised)
-    finish = partial(_put_back, request=request, scaled=scaled, mask=mask, region=region)
-    return _PictureTask(source, beside, finish)
-
-
-def _region(request: Request, size: tuple[int, int]) -> masks.Box | None:
-    """The part of the pictures to work on; None is all of them."""
-    if request.mask is None or request.mask_crop is None:
-        return None
-    return masks.crop_box(request.mask, size, request.mask_crop)
-
-
-def _to_size(picture: Image.Image, request: Request, size: tuple[int, int], region: masks.Box | None) -> Image.Image:
-    """A picture, or its part, as the networks see it."""
-    if region is None:
-        return images.resize(picture, *size, request.resize)
-    # A part keeps its proportions whatever the mode: `masks.paste` takes the margins away again.
-    return images.resize(picture.crop(region), *size, "pad")
-
-
-def _put_back(
-    painted: list[Image.Image],
-    *,
-    request: Request,
-    scaled: list[Image.Image],
-    mask: Image.Image,
-    region: masks.Box | None,
-) -> list[Image.Image]:
-    """The painted pictures with all that the mask leaves black as it was, bit for bit."""
-    if region is None:
-        soft = masks.feather(mask, request.mask_feather)
-        return [masks.composite(scaled[i % len(scaled)], each, soft) for i, each in enumerate(painted)]
-    assert isinstance(request.image, Image.Image)
-    assert request.mask is not None
-    soft = masks.feather(request.mask, request.mask_feather)
-    return [masks.paste(request.image, each, region, soft) for each in painted]
-
-
-def _steering(
-    parts: Parts, control: Control, request: Request, size: tuple[int, int], region: masks.Box | None, rows: int
-) -> Steering:
-    """A control of the request: its picture embedded, and a T2I-Adapter evaluated."""
-    network = parts.controls[control.name]
-    weight = next(network.parameters())
-    pictures = control.image if isinstance(control.image, tuple) else (control.image,)
-    if isinstance(network, T2IAdapter) and network.config.in_channels == 1:
-        pictures = tuple(each.convert("L") for each in pictures)
-    pixels = torch.cat([images.to_unit(_to_size(each, request, size, region)) for each in pictures])
-    if isinstance(network, T2IAdapter):
-        pixels = pixels[:, : network.config.in_channels]  # of grey, all are equal
-        residuals = Residuals.cat([network(some.to(weight)) for some in torch.split(pixels, CHUNK)]).scaled(
-            control.scale
-        )
-        return Steering(
-            control.start, control.end, control.scale, None, residuals=residuals.repeat(rows // len(pixels))
-        )
-    assert isinstance(network, ControlNet)
-    hints = [network.embed_hint(some.to(weight)) for some in torch.split(pixels, CHUNK)]
-    hint = _rows(torch.cat(hints), rows)
-    return Steering(control.start, control.end, control.scale, network, hint)
-
-
-def _rows(x: Tensor, rows: int) -> Tensor:
-    """(1 or F, ...) as (n F, ...): the same for each clip."""
-    return x.repeat(rows // len(x), *(1 for _ in x.shape[1:]))

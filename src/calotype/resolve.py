@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 import secrets
-import warnings
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from PIL import Image
 
 from calotype import images, masks
-from calotype.errors import CalotypeWarning, UsageError
+from calotype.errors import UsageError
 from calotype.parts import Habit, Parts
 from calotype.request import Request
 from calotype.samplers import CONSISTENCY
-from calotype.sampling import grid_for
+from calotype.sampling import GAMMA, grid_for
 from calotype.schedule import NoiseSchedule, Spacing
 
 IMAGE_STRENGTH = 0.5  # of image to image, where a request leaves it open; inpainting paints anew: 1
@@ -26,32 +25,57 @@ MOST_PIXELS = 4  # a picture gives its size to a request that has none, up to so
 Habits = Mapping[str, Habit]  # of the few-step adapters that are in force, by what to call each in a sentence
 
 
-def resolve(parts: Parts, request: Request, habits: Habits | None = None) -> Request:
+@dataclass(frozen=True, eq=False)
+class Resolved:
+    """A request that leaves nothing open, and what it comes to on its model."""
+
+    request: Request  # every default filled in: what its pictures' files say
+    schedule: NoiseSchedule
+    sampler: str
+    grid: tuple[float, ...]  # timesteps
+    guidance: float  # diffusers' guidance_scale
+    gamma: float  # of "tcd"
+    width: int  # pixels
+    height: int
+    seeds: tuple[int, ...]  # of each picture: they count up from the request's
+
+
+def resolve(parts: Parts, request: Request, habits: Habits | None = None) -> tuple[Resolved, list[str]]:
     """The request with everything that it leaves open filled in: steps, guidance, size, sampler, seed. What was given
     comes first, then what few-step adapters (or the few-step model) like, then the model's defaults.
 
-    Raises UsageError for what this model cannot do; warns (CalotypeWarning) of what it will do badly.
+    With it come notes: a line for each few-step model or adapter that decided something, and for what this model will
+    do badly. Raises UsageError for what it cannot do.
     """
-    request = replace(request, **_liked(parts, request, habits or {}))
+    liked = _liked(parts, request, habits or {})
+    said = _decided(parts, liked, habits or {})
+    request = replace(request, **liked)
     defaults, strength = parts.defaults, _strength(request)
     width, height = _size(parts, request)
+    sampler = defaults.sampler if request.sampler is None else request.sampler
     steps = defaults.steps if request.steps is None else request.steps
-    resolved = replace(
+    if request.timesteps is not None:
+        steps = len(request.timesteps)
+    guidance = defaults.guidance if request.guidance is None else request.guidance
+    seed = secrets.randbelow(2**32) if request.seed is None else request.seed
+    filled = replace(
         request,
-        sampler=defaults.sampler if request.sampler is None else request.sampler,
-        steps=steps if request.timesteps is None else len(request.timesteps),
-        guidance=defaults.guidance if request.guidance is None else request.guidance,
+        sampler=sampler,
+        steps=steps,
+        guidance=guidance,
         width=width,
         height=height,
         strength=strength,
-        seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
+        seed=seed,
     )
-    grid_of(resolved, schedule_of(parts, resolved))  # raises where there is none
+    schedule = _schedule(parts, filled)
+    grid = tuple(grid_for(sampler, schedule, steps, request.timesteps, 1.0 if strength is None else strength))
+    gamma = GAMMA if request.gamma is None else request.gamma
+    seeds = tuple(seed + i for i in range(request.n))
+    resolved = Resolved(filled, schedule, sampler, grid, guidance, gamma, width, height, seeds)
     _check_size(parts, resolved)
-    _check_trained_size(parts, resolved)
-    _check_guidance(parts, resolved)
     _check_task(parts, resolved)
-    return resolved
+    return resolved, [*said, *_cautions(parts, resolved)]
 
 
 def _strength(request: Request) -> float | None:
@@ -63,14 +87,12 @@ def _strength(request: Request) -> float | None:
 # ---- few-step models and adapters ----
 
 
-def notes(parts: Parts, request: Request, habits: Habits) -> list[str]:
+def _decided(parts: Parts, liked: Mapping[str, Any], habits: Habits) -> Iterator[str]:
     """A line for each few-step model or adapter that decides something which the request leaves open."""
-    liked, lines = _liked(parts, request, habits), []
     for name, habit in _in_force(parts, habits).items():
         said = [f"{field} {_shown(value)}" for field, value in liked.items() if getattr(habit, field) == value]
         if said:
-            lines.append(f"{name} is {habit.title}: {', '.join(said)}, as nothing else was asked for")
-    return lines
+            yield f"{name} is {habit.title}: {', '.join(said)}, as nothing else was asked for"
 
 
 def _in_force(parts: Parts, habits: Habits) -> Habits:
@@ -124,10 +146,9 @@ def _size(parts: Parts, request: Request) -> tuple[int, int]:
     return request.width or width, request.height or height
 
 
-def _check_size(parts: Parts, request: Request) -> None:
+def _check_size(parts: Parts, resolved: Resolved) -> None:
     multiple = parts.vae.config.downscale
-    for name in ("width", "height"):
-        pixels = getattr(request, name)
+    for name, pixels in (("width", resolved.width), ("height", resolved.height)):
         if pixels % multiple:
             raise UsageError(
                 f"{name} is {pixels}: must be a multiple of {multiple} for this model",
@@ -135,38 +156,8 @@ def _check_size(parts: Parts, request: Request) -> None:
             )
 
 
-def _check_trained_size(parts: Parts, request: Request) -> None:
-    """Warns of pictures far larger or smaller than the model has learnt to compose. One to start from composes them."""
-    assert request.width is not None
-    assert request.height is not None
-    width, height, own = request.width, request.height, parts.defaults
-    times = max(width * height / (own.width * own.height), (max(width, height) / max(own.width, own.height)) ** 2)
-    if request.image is None and not 1 / FAR <= times <= FAR:
-        message = f"{width}x{height} is far from the {own.width}x{own.height} that this model was trained for"
-        warnings.warn(f"{message}: its pictures may fall apart", CalotypeWarning, stacklevel=4)
-
-
-def _check_guidance(parts: Parts, request: Request) -> None:
-    embedded, guidance = parts.unet.config.guidance_dim is not None, request.guidance
-    trained = parts.defaults.guidance_range
-    assert guidance is not None
-    messages = []
-    if embedded and trained is not None and not trained[0] <= guidance <= trained[1]:
-        messages.append(
-            f"guidance {guidance:g} is outside what this model was trained for ({trained[0]:g} to {trained[1]:g})"
-        )
-    if request.negative_prompt and embedded:
-        messages.append("the negative prompt has no effect: this model takes its guidance as an embedding")
-    elif request.negative_prompt and guidance <= 1:
-        messages.append(f"the negative prompt has no effect at guidance {guidance:g}: give more than 1")
-    if request.guidance_steps is not None and embedded:
-        messages.append("guidance_steps has no effect: this model takes its guidance as an embedding")
-    for message in messages:
-        warnings.warn(message, CalotypeWarning, stacklevel=4)
-
-
-def _check_task(parts: Parts, request: Request) -> None:
-    channels, latent = parts.unet.config.in_channels, parts.vae.config.latent_channels
+def _check_task(parts: Parts, resolved: Resolved) -> None:
+    channels, latent, request = parts.unet.config.in_channels, parts.vae.config.latent_channels, resolved.request
     if channels != latent and request.mask is None:
         raise UsageError(
             f"this model's U-Net takes {channels} channels: it is made for inpainting, and there is no mask",
@@ -178,7 +169,7 @@ def _check_task(parts: Parts, request: Request) -> None:
             hint="engine.set_motion(...) or --motion gives it one",
         )
     if request.mask is not None:
-        _check_mask(request)
+        _check_mask(request, request.mask, resolved)
     for control in request.controls:
         if control.name not in parts.controls:
             known = ", ".join(parts.controls) or "none"
@@ -188,20 +179,11 @@ def _check_task(parts: Parts, request: Request) -> None:
             )
 
 
-def _check_mask(request: Request) -> None:
+def _check_mask(request: Request, mask: Image.Image, resolved: Resolved) -> None:
     """The mask as it is put to use: with `mask_crop` at its own size, else at the request's."""
-    assert isinstance(request.mask, Image.Image)
-    assert request.width is not None
-    assert request.height is not None
-    width, height = request.width, request.height
     if request.mask_crop is None:
-        mask = images.resize(request.mask, width, height, request.resize)
-        if request.mask.size != (width, height):
-            message = f"the picture is resized from {request.mask.width}x{request.mask.height} to {width}x{height}"
-            message += ", also where the mask keeps it: with mask_crop it keeps its size"
-            warnings.warn(message, CalotypeWarning, stacklevel=5)
+        mask = images.resize(mask, resolved.width, resolved.height, request.resize)
     else:
-        mask = request.mask
         for control in request.controls:
             first = control.image[0] if isinstance(control.image, tuple) else control.image
             if first.size != mask.size:
@@ -213,15 +195,30 @@ def _check_mask(request: Request) -> None:
     masks.check(mask, request.mask_feather)
 
 
-def schedule_of(parts: Parts, request: Request) -> NoiseSchedule:
-    """The noise levels of a resolved request: clips have those of the motion adapter."""
+def _cautions(parts: Parts, resolved: Resolved) -> Iterator[str]:
+    """What this model will do badly, or not at all."""
+    request, width, height, own = resolved.request, resolved.width, resolved.height, parts.defaults
+    times = max(width * height / (own.width * own.height), (max(width, height) / max(own.width, own.height)) ** 2)
+    if request.image is None and not 1 / FAR <= times <= FAR:  # a picture to start from composes what is drawn
+        trained = f"{own.width}x{own.height} that this model was trained for"
+        yield f"{width}x{height} is far from the {trained}: its pictures may fall apart"
+    embedded, guidance = parts.unet.config.guidance_dim is not None, resolved.guidance
+    if embedded and own.guidance_range is not None and not own.guidance_range[0] <= guidance <= own.guidance_range[1]:
+        low, high = own.guidance_range
+        yield f"guidance {guidance:g} is outside what this model was trained for ({low:g} to {high:g})"
+    if request.negative_prompt and embedded:
+        yield "the negative prompt has no effect: this model takes its guidance as an embedding"
+    elif request.negative_prompt and guidance <= 1:
+        yield f"the negative prompt has no effect at guidance {guidance:g}: give more than 1"
+    if request.guidance_steps is not None and embedded:
+        yield "guidance_steps has no effect: this model takes its guidance as an embedding"
+    mask = request.mask
+    if mask is not None and request.mask_crop is None and mask.size != (width, height):
+        message = f"the picture is resized from {mask.width}x{mask.height} to {width}x{height}"
+        yield f"{message}, also where the mask keeps it: with mask_crop it keeps its size"
+
+
+def _schedule(parts: Parts, request: Request) -> NoiseSchedule:
+    """The noise levels of a request: clips have those of the motion adapter."""
     schedule = parts.schedule if request.frames is None or parts.motion is None else parts.motion.schedule
     return schedule if request.spacing is None else replace(schedule, spacing=cast(Spacing, request.spacing))
-
-
-def grid_of(request: Request, schedule: NoiseSchedule) -> tuple[float, ...]:
-    """The timesteps of a resolved request. Raises UsageError."""
-    assert request.sampler is not None, "the request is not resolved"
-    assert request.steps is not None
-    strength = 1.0 if request.strength is None else request.strength
-    return tuple(grid_for(request.sampler, schedule, request.steps, request.timesteps, strength))

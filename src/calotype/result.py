@@ -1,15 +1,31 @@
-"""What comes of a request: its pictures, and what it takes to repeat them; and how they are saved."""
+"""What comes of a request: its steps, then its pictures, how they are saved, and what it takes to repeat them."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from calotype.images import save_png
+from calotype.images import grid, save_png
+from calotype.latents import Vae, decode
 from calotype.request import Request
+from calotype.sampling import Update
+
+
+@dataclass(frozen=True, eq=False)
+class Step(Update):
+    """One step of a request: index, t, x (latents after the update) and x0 (denoised latents), both (n F, C, h, w)."""
+
+    total: int  # how many steps there will be
+    vae: Vae
+
+    def preview(self) -> Image.Image:
+        """What the picture looks like so far: x0 decoded; several pictures as a sheet."""
+        images = list(decode(self.vae, self.x0))
+        return images[0] if len(images) == 1 else grid(images, columns=math.ceil(math.sqrt(len(images))))
 
 
 @dataclass(frozen=True, eq=False)

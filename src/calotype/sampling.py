@@ -1,10 +1,10 @@
 """Samplers: the loops that turn noise into latents, without the network.
 
 A sampler is a generator that alternately yields an Eval ("run the network here") and, once the network's output has
-been sent in, the Step that follows from it. Three lines drive one:
+been sent in, the Update that follows from it. Three lines drive one:
 
     for ev in sampler:
-        step = sampler.send(network(ev.x, ev.t))
+        update = sampler.send(network(ev.x, ev.t))
 
 It knows no network and shares nothing, so one round of network calls can serve many samplers at different steps. All
 arithmetic is in float32 whatever the dtype of the noise; all coefficients are on the device before the first Eval.
@@ -51,7 +51,7 @@ class Eval:
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class Update:
     """What became of it. Both latents are float32 (B, C, h, w)."""
 
     index: int
@@ -69,7 +69,7 @@ class Source:
     noised: bool = True  # begin with the picture under noise; False: with noise alone
 
 
-# Yields Eval, Step, Eval, Step, ...; takes the network's output in answer to each Eval.
+# Yields Eval, Update, Eval, Update, ...; takes the network's output in answer to each Eval.
 Sampler = Generator[Any, Any, None]
 
 
@@ -93,7 +93,7 @@ def lcm(
         last = i + 1 == len(grid)
         x = x0 if last else alpha[i + 1] * x0 + sigma[i + 1] * noise[i + 1].float()
         x = _kept(x, noise[0], source, alpha[i + 1], sigma[i + 1])
-        yield Step(i, t, x, x0)
+        yield Update(i, t, x, x0)
 
 
 def tcd(
@@ -126,7 +126,7 @@ def tcd(
             ratio = alpha_next[i] / alpha_down[i]
             x = ratio * x + (1 - ratio**2).sqrt() * noise[i + 1].float()
         x = _kept(x, noise[0], source, alpha[i + 1], sigma[i + 1])
-        yield Step(i, t, x, x0)
+        yield Update(i, t, x, x0)
 
 
 def ddim(
@@ -185,7 +185,7 @@ def _deterministic(
         x = next_alpha[i] * x0 + next_sigma[i] * eps
         clean = i + 1 == len(grid)
         x = _kept(x, noise, source, 1.0 if clean else alpha[i + 1], 0.0 if clean else sigma[i + 1])
-        yield Step(i, t, x, x0)
+        yield Update(i, t, x, x0)
 
 
 def _start(

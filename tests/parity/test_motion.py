@@ -17,9 +17,10 @@ from reference import NETWORK, Agreement
 from torch import Tensor
 
 from calotype.nn import motion
+from calotype.nn.call import Call
 from calotype.nn.motion import attach, detach
 from calotype.nn.unet import Conditioning, Residuals, UNet
-from calotype.nn.windows import context_windows, run_windows, select
+from calotype.nn.windows import by_windows, context_windows
 from calotype.weights.load import load_unet
 from calotype.weights.motion import load_motion
 from checkpoints import randomise
@@ -263,11 +264,16 @@ def test_windows_of_the_network(animated: Any) -> None:
     residuals = residuals_for(case.ours, given)
     windows = context_windows(frames, MAX_FRAMES, 5)
     assert windows == [range(8), range(3, 11)]
-    made = run_windows(case.ours, given.x, given.t, given.conditioning, residuals, frames, windows)
+    asking = by_windows(Call(given.x, given.t, given.conditioning, residuals, frames), windows)
+    calls = [next(asking)]
+    calls.append(asking.send(calls[0].answered_by(case.ours)))
+    with pytest.raises(StopIteration) as end:
+        asking.send(calls[1].answered_by(case.ours))
+    made = end.value.value
     first = torch.cat([torch.arange(0, 8), torch.arange(11, 19)])
     second = first + 3
     outs = [
-        case.ours(given.x[rows], given.t[rows], given.conditioning.select(rows), select(residuals, rows), 8)
+        case.ours(given.x[rows], given.t[rows], given.conditioning.select(rows), residuals.select(rows), 8)
         for rows in (first, second)
     ]
     a, b = (out.view(clips, 8, *out.shape[1:]) for out in outs)

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from calotype.sampling import SAMPLERS, Step, draw_noise, draws_needed, grid_for
+from calotype.sampling import SAMPLERS, Update, draw_noise, draws_needed, grid_for
 from calotype.schedule import _KINDS, NoiseSchedule, lcm_grid, spaced_grid
 
 LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -37,7 +37,7 @@ def network(x: Tensor, t: Tensor) -> Tensor:
     return t * x + (1 - t) * torch.tanh(0.5 * x) + 0.2 * torch.cos(7 * t)
 
 
-def ours(name: str, config: dict[str, object], steps: int, timesteps: list[int] | None = None) -> list[Step]:
+def ours(name: str, config: dict[str, object], steps: int, timesteps: list[int] | None = None) -> list[Update]:
     levels = NoiseSchedule.from_config(config)
     noise = draw_noise(SEEDS, SHAPE, draws_needed(name, steps))
     sampler, made = SAMPLERS[name](levels, grid_for(name, levels, steps, timesteps), noise), []

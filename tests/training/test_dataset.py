@@ -525,7 +525,7 @@ def test_the_teacher_draws(model: str, request: pytest.FixtureRequest, tmp_path:
         text = ("a fox", "a cat")[number % 2]
         assert dataset.examples[number].captions == (text,)
         asked = Request(prompt=text, seed=11 + number, steps=3, sampler="ddim", width=64, height=64)
-        *_, last = loop.generate(teacher, ready(teacher, resolve(teacher, asked)))
+        *_, last = loop.generate(teacher.unet, ready(teacher, resolve(teacher, asked)[0]))
         latents, sizes, _ = dataset.pictures.row(0, place, 1)
         assert sizes.tolist() == [64, 64, 0, 0]
         torch.testing.assert_close(latents.float(), last.x[0], atol=5e-3, rtol=5e-3)

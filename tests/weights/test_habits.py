@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import calotype
 from calotype import Request, cli
-from calotype.errors import CalotypeWarning, UsageError
+from calotype.errors import UsageError
 from calotype.parts import Habit
 from calotype.samplers import SAMPLERS
 from calotype.schedule import PREDICTIONS, SPACINGS, spaced_grid
@@ -329,11 +329,8 @@ def test_a_size_far_from_what_the_model_was_trained_for_is_told(
 ) -> None:
     engine = calotype.load(tiny_sd15, device="cpu")
     request = Request("a fox", width=size[0], height=size[1])
-    if not far:
-        engine.resolve(request)  # a warning would be an error here
-        return
-    with pytest.warns(CalotypeWarning, match=f"{size[0]}x{size[1]} is far from the 64x64 that this model was trained"):
-        engine.resolve(request)
+    told = f"{size[0]}x{size[1]} is far from the 64x64 that this model was trained for: its pictures may fall apart"
+    assert engine.notes(request) == ([told] if far else [])
 
 
 def test_a_picture_to_start_from_may_have_any_size(tiny_sd15: Path) -> None:

@@ -103,6 +103,10 @@ class Residuals:
         """The rows `copies` times over."""
         return self if copies == 1 else self._each(lambda x: x.repeat(copies, 1, 1, 1))
 
+    def select(self, rows: Tensor) -> Residuals:
+        """Those of some rows of the batch."""
+        return self._each(lambda x: x[rows])
+
     @staticmethod
     def cat(parts: Sequence[Residuals]) -> Residuals:
         """Those of some rows and of the next, in one."""

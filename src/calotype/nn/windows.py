@@ -6,17 +6,15 @@ the more the nearer it is to its window's middle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
 
 from calotype.errors import UsageError
-from calotype.nn.unet import Conditioning, Residuals
+from calotype.nn.call import Call
 
 LENGTH, OVERLAP = 16, 4  # AnimateDiff was trained on clips of 16 frames
-
-Network = Callable[[Tensor, Tensor, Conditioning, Residuals | None, int | None], Tensor]  # UNet.forward
 
 
 def context_windows(frames: int, length: int = LENGTH, overlap: int = OVERLAP) -> list[range]:
@@ -59,32 +57,17 @@ def blend(windows: Sequence[range], outputs: Sequence[Tensor], frames: int) -> T
     return total
 
 
-def run_windows(
-    unet: Network,
-    x: Tensor,
-    t: Tensor,
-    conditioning: Conditioning,
-    residuals: Residuals | None,
-    frames: int,
-    windows: Sequence[range],
-) -> Tensor:
-    """What `unet` gives for clips of `frames` frames, window by window: x (n frames, C, h, w), as everything else.
+def by_windows(call: Call, windows: Sequence[range]) -> Generator[Call, Tensor, Tensor]:
+    """A call for clips of some frames, asked for window by window; returns the output for all of it.
 
-    A single window is one plain call.
+    A single window, or none, is the call itself.
     """
-    if len(windows) == 1:
-        return unet(x, t, conditioning, residuals, frames)
-    clips = torch.arange(len(x), device=x.device).view(-1, frames)
+    if len(windows) <= 1:
+        return (yield call)
+    assert call.frames is not None
+    clips = torch.arange(len(call.x), device=call.x.device).view(-1, call.frames)
     outputs = []
     for window in windows:
-        rows = clips[:, window.start : window.stop].flatten()
-        chosen = None if residuals is None else select(residuals, rows)
-        out = unet(x[rows], t[rows], conditioning.select(rows), chosen, len(window))
+        out = yield call.select(clips[:, window.start : window.stop].flatten(), len(window))
         outputs.append(out.view(-1, len(window), *out.shape[1:]))
-    return blend(windows, outputs, frames).flatten(0, 1).to(outputs[0].dtype)
-
-
-def select(residuals: Residuals, rows: Tensor) -> Residuals:
-    """The residuals of some rows of the batch."""
-    mid = None if residuals.mid is None else residuals.mid[rows]
-    return Residuals(tuple(x[rows] for x in residuals.down), mid, tuple(x[rows] for x in residuals.level))
+    return blend(windows, outputs, call.frames).flatten(0, 1).to(outputs[0].dtype)

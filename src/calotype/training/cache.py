@@ -222,7 +222,7 @@ def _latents(parts: Parts, pixels: Tensor) -> Tensor:
     The posteriors' spread is far below the noise that training adds.
     """
     try:
-        return encode(parts, pixels).half().cpu()
+        return encode(parts.vae, pixels).half().cpu()
     except CalotypeError:  # one of them is not finite
         if len(pixels) > 1:
             return torch.cat([_latents(parts, one) for one in torch.split(pixels, 1)])

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,16 +21,28 @@ from torch import Tensor
 
 from calotype import atomic
 from calotype.errors import OutputError
-from calotype.generate import Guidance
+from calotype.generate import Guidance, Job, generate
+from calotype.nn.call import Network
+from calotype.nn.unet import UNetConfig
 from calotype.parts import Parts
 from calotype.prepare import condition
-from calotype.sampling import SAMPLERS, draw_noise, draws_needed, grid_for
+from calotype.sampling import draw_noise, draws_needed, grid_for, sampler_for
 from calotype.training.memory import peak
 
 SHARD = 40  # pictures a file of the cache: what an interruption can lose
 
 
 # ---- drawing ----
+
+
+@dataclass(frozen=True, eq=False)
+class Painter:
+    """A network that draws instead of the model's own: one in training, or its teacher."""
+
+    network: Network
+    config: UNetConfig
+    dtype: torch.dtype  # of what it takes
+    beside: Tensor | None = None  # of an inpainting network (1, 1 + C, h, w): mask, masked picture
 
 
 @dataclass(frozen=True)
@@ -65,21 +78,34 @@ class Series:
 
 @torch.inference_mode()
 def draw(
-    parts: Parts, prompts: Sequence[str], seeds: Sequence[int], sampler: str, grid: Sequence[float], guidance: float
+    parts: Parts,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampler: str,
+    grid: Sequence[float],
+    guidance: float,
+    drawn_by: Painter | None = None,
 ) -> Tensor:
     """Pictures (n, 3, H, W) in uint8 of n different prompts and seeds, at the model's default size, in one batch.
 
     Guidance is by embedding where the network has one, else by a second evaluation on the empty prompt.
     """
     vae = parts.vae.config
-    shape = (vae.latent_channels, parts.defaults.height // vae.downscale, parts.defaults.width // vae.downscale)
-    noise = [each.to(parts.device, parts.dtype) for each in draw_noise(seeds, shape, draws_needed(sampler, len(grid)))]
-    text, empty = condition(parts, prompts, "", guidance, (parts.defaults.width, parts.defaults.height))
-    guide = Guidance(parts.schedule, guidance, empty)
-    steps = SAMPLERS[sampler](parts.schedule, grid, noise)
-    for ev in steps:
-        latents = steps.send(guide(parts.unet, ev, text)).x
-    latents = latents / vae.scaling_factor + vae.shift_factor
+    painter = Painter(parts.unet, parts.unet.config, parts.dtype) if drawn_by is None else drawn_by
+    size = parts.defaults.width, parts.defaults.height
+    shape = (vae.latent_channels, size[1] // vae.downscale, size[0] // vae.downscale)
+    draws = draw_noise(seeds, shape, draws_needed(sampler, len(grid)))
+    noise = [each.to(parts.device, painter.dtype) for each in draws]
+    text, empty = condition(parts, prompts, "", guidance, size, unet=painter.config)
+    job = Job(
+        tuple(grid),
+        partial(sampler_for, sampler, parts.schedule, grid, noise),
+        text.to(parts.device, painter.dtype),
+        Guidance(parts.schedule, guidance, None if empty is None else empty.to(parts.device, painter.dtype)),
+        beside=None if painter.beside is None else painter.beside.expand(len(prompts), -1, -1, -1),
+    )
+    *_, last = generate(painter.network, job)
+    latents = last.x / vae.scaling_factor + vae.shift_factor
     pixels = parts.vae.decode(latents.to(next(parts.vae.parameters()).dtype))
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8).contiguous()
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from calotype.errors import UsageError
-from calotype.generate import Guidance
+from calotype.generate import Guidance, Job, generate
 from calotype.nn.unet import Conditioning
 from calotype.parts import Parts
 from calotype.prepare import condition
@@ -96,12 +97,15 @@ class DrawnCache(Cache):
         side = drawing.resolution // vae.downscale
         noise = draw_noise(seeds, (vae.latent_channels, side, side), 1)
         text, empty = condition(parts, prompts, "", drawing.guidance, (drawing.resolution, drawing.resolution))
-        guide = Guidance(parts.schedule, drawing.guidance, None if empty is None else _first_chunk(parts, empty))
-        text = _first_chunk(parts, text)
-        sampler = ddim(parts.schedule, self._grid, [each.to(parts.device, parts.dtype) for each in noise])
-        for ev in sampler:
-            step = sampler.send(guide(parts.unet, ev, text))
-        return step.x.half().cpu()  # type: ignore[no-any-return]
+        noise = [each.to(parts.device, parts.dtype) for each in noise]
+        job = Job(
+            tuple(self._grid),
+            partial(ddim, parts.schedule, self._grid, noise),
+            _first_chunk(parts, text),
+            Guidance(parts.schedule, drawing.guidance, None if empty is None else _first_chunk(parts, empty)),
+        )
+        *_, last = generate(parts.unet, job)
+        return last.x.half().cpu()
 
 
 def _first_chunk(parts: Parts, text: Conditioning) -> Conditioning:

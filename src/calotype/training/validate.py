@@ -18,16 +18,15 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
+from torch import Tensor
 
 from calotype.atomic import replacing
 from calotype.images import grid, to_pil
 from calotype.nn.unet import Conditioning, Residuals, UNetConfig
 from calotype.parts import Parts
 from calotype.sampling import grid_for
-from calotype.schedule import NoiseSchedule
 from calotype.training.distance import kid
-from calotype.training.draw import draw
+from calotype.training.draw import Painter, draw
 from calotype.training.features import features, load_features
 from calotype.training.loss import Network
 from calotype.training.ranks import Ranks
@@ -84,12 +83,10 @@ class Validation:
         assert settings.resolution is not None
         assert settings.validation_steps
         self.every = settings.validation_steps  # updates
-        size = {"width": settings.resolution, "height": settings.resolution}
         self.prompts = tuple(prompts[: len(prompts) // ranks.world * ranks.world])  # as many for each process
         self._settings, self._ranks = settings, ranks
         self._folder = output / "validation"
         self._sheet = output / "contact-sheet.png"
-        self._parts = replace(parts, defaults=replace(parts.defaults, **size))  # type: ignore[arg-type]
         self._net = load_features()
         middle = 1 + (settings.w_min + settings.w_max) / 2
         # A LoRA has its guidance distilled in: on average that of the middle of the range.
@@ -97,8 +94,12 @@ class Validation:
         if settings.lora:
             self.guidance = middle
         trailing = replace(parts.schedule, spacing="trailing", original_steps=settings.num_ddim_timesteps)
-        self._teacher = _Drawing(self._parts, student.teacher, parts.unet.config, trailing, settings)
-        self._student = _Drawing(self._parts, student.result, student.config, trailing, settings)
+        defaults = replace(parts.defaults, width=settings.resolution, height=settings.resolution)
+        self._parts = replace(parts, schedule=trailing, defaults=defaults)
+        masked = _all_masked(self._parts) if parts.inpaints else None  # everything is to be repainted, over grey
+        bf16 = settings.mixed_precision == "bf16"
+        self._teacher = _painter(student.teacher, parts.unet.config, masked, bf16)
+        self._student = _painter(student.result, student.config, masked, bf16)
         self._wanted: Tensor | None = None  # features of the teacher's pictures
         self._shown: dict[str, Tensor] = {}  # the first pictures of each reading, and the teacher's
 
@@ -135,14 +136,15 @@ class Validation:
             self._show(step, pictures)
         yield Reading(step, distance.value, distance.error)
 
-    def _draw(self, drawing: _Drawing, sampler: str, steps: int, guidance: float) -> Iterator[Tensor]:
+    def _draw(self, painter: Painter, sampler: str, steps: int, guidance: float) -> Iterator[Tensor]:
         """This process' share of the pictures, piece by piece (n, 3, H, W) uint8."""
         share = len(self.prompts) // self._ranks.world
         first = self._ranks.rank * share
-        timesteps = grid_for(sampler, drawing.parts.schedule, steps)
+        timesteps = grid_for(sampler, self._parts.schedule, steps)
         for start in range(first, first + share, PIECE):
             here = range(start, min(start + PIECE, first + share))
-            yield draw(drawing.parts, [self.prompts[i] for i in here], list(here), sampler, timesteps, guidance)
+            prompts = [self.prompts[i] for i in here]
+            yield draw(self._parts, prompts, list(here), sampler, timesteps, guidance, painter)
 
     def _show(self, step: int, pictures: Tensor) -> None:
         """Writes this reading's pictures and the contact sheet: a caption a row, a column for each of some readings."""
@@ -158,45 +160,21 @@ class Validation:
         _save(grid(cells, len(names), column_titles=titles, row_titles=self.prompts[:SHOWN]), self._sheet)
 
 
-class _Drawing:
-    """A model to draw with: `parts` whose U-Net is a network in training."""
+def _painter(network: Network, config: UNetConfig, masked: Tensor | None, bf16: bool) -> Painter:
+    """A network in training as one that draws."""
 
-    def __init__(
-        self, parts: Parts, network: Network, config: UNetConfig, schedule: NoiseSchedule, settings: Settings
-    ) -> None:
-        unet = _Network(network, config, parts.device, settings.mixed_precision == "bf16")
-        latent = parts.vae.config.latent_channels
-        if config.in_channels == 2 * latent + 1:  # inpainting: everything is to be repainted, over grey
-            unet.masked = _all_masked(parts)
-        self.parts = replace(parts, unet=unet, schedule=schedule)  # type: ignore[arg-type]
-
-
-class _Network(nn.Module):
-    """A network in training as the samplers call a U-Net."""
-
-    def __init__(self, network: Network, config: UNetConfig, device: torch.device, bf16: bool) -> None:
-        super().__init__()
-        self.config, self._network, self._bf16 = config, (network,), bf16
-        self.like = nn.Parameter(torch.zeros(1, device=device), requires_grad=False)  # whose device and dtype count
-        self.masked: Tensor | None = None
-
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        conditioning: Conditioning,
-        residuals: Residuals | None = None,
-        frames: int | None = None,
+    def drawing(
+        x: Tensor, t: Tensor, conditioning: Conditioning, residuals: Residuals | None, frames: int | None
     ) -> Tensor:
-        if self.masked is not None:
-            x = torch.cat([x, self.masked.expand(len(x), -1, -1, -1)], dim=1)
         # What a network that is cut up gathers while it draws, it uses in training again: no inference tensors, then.
         with (
             torch.inference_mode(False),
             torch.no_grad(),
-            torch.autocast(x.device.type, torch.bfloat16, enabled=self._bf16),
+            torch.autocast(x.device.type, torch.bfloat16, enabled=bf16),
         ):
-            return self._network[0](x, t, conditioning).float()
+            return network(x, t, conditioning).float()
+
+    return Painter(drawing, config, torch.float32, masked)
 
 
 @torch.inference_mode()

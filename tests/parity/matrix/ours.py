@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -38,6 +38,21 @@ class Ours:
             self.control(*model, name)
         engine.set_loras({self.lora(*model, name, naming_of(name, cell)): scale for name, scale in cell.stack.items()})
         return engine
+
+    def together(self, cells: Sequence[Cell]) -> list[Tensor]:
+        """What each of an engine's cells ends at, all of them drawn in one batch."""
+        engine = self.prepared(cells[0])
+        batch = engine.batch(rows=64)
+        for cell in cells:
+            model = cell.family, cell.model, cell.channels
+            mix = {self.lora(*model, name, naming_of(name, cell)): scale for name, scale in cell.stack.items()}
+            batch.add(replace(self.request(cell), loras=mix))
+        ends: dict[int, Tensor] = {}
+        for number, made in batch:
+            assert isinstance(made, calotype.Step | calotype.Result), made
+            if isinstance(made, calotype.Step):
+                ends[number] = made.x
+        return [ends[number] for number in range(len(cells))]
 
     def engine(self, family: str, model: str, channels: int) -> calotype.Engine:
         return calotype.load(self.world.model(family, model, channels), device="cpu", dtype="float32")
