@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 import calotype
@@ -39,20 +40,32 @@ class Ours:
         engine.set_loras({self.lora(*model, name, naming_of(name, cell)): scale for name, scale in cell.stack.items()})
         return engine
 
-    def together(self, cells: Sequence[Cell]) -> list[Tensor]:
-        """What each of an engine's cells ends at, all of them drawn in one batch."""
+    def drawn(self, cell: Cell) -> tuple[Tensor, list[Image.Image]]:
+        """Final latents and pictures."""
+        stream = self.prepared(cell).stream(self.request(cell))
+        while True:
+            try:
+                last = next(stream).x
+            except StopIteration as end:
+                return last, end.value.images
+
+    def together(self, cells: Sequence[Cell]) -> list[tuple[Tensor, list[Image.Image]]]:
+        """The same of an engine's cells, all of them in one batch."""
         engine = self.prepared(cells[0])
         batch = engine.batch(rows=64)
         for cell in cells:
             model = cell.family, cell.model, cell.channels
             mix = {self.lora(*model, name, naming_of(name, cell)): scale for name, scale in cell.stack.items()}
             batch.add(replace(self.request(cell), loras=mix))
-        ends: dict[int, Tensor] = {}
+        last: dict[int, Tensor] = {}
+        pictures: dict[int, list[Image.Image]] = {}
         for number, made in batch:
             assert isinstance(made, calotype.Step | calotype.Result), made
             if isinstance(made, calotype.Step):
-                ends[number] = made.x
-        return [ends[number] for number in range(len(cells))]
+                last[number] = made.x
+            else:
+                pictures[number] = made.images
+        return [(last[number], pictures[number]) for number in range(len(cells))]
 
     def engine(self, family: str, model: str, channels: int) -> calotype.Engine:
         return calotype.load(self.world.model(family, model, channels), device="cpu", dtype="float32")
