@@ -16,6 +16,8 @@ import calotype
 from adapters import chosen, kohya_names, layers, low_rank, save
 from calotype import Request, Result, Step
 from calotype.errors import UsageError
+from calotype.nn.call import Call
+from calotype.nn.unet import Conditioning, Residuals
 
 SIZE: dict[str, Any] = {"width": 64, "height": 48}
 
@@ -154,6 +156,17 @@ def test_a_call_has_no_more_rows_than_it_may(engine: calotype.Engine, calls: lis
     together(engine, *requests, rows=3)
     assert calls == [3, 1, 5]
     check(engine, *requests, rows=3)
+
+
+def test_controls_of_other_kinds_have_calls_of_their_own() -> None:
+    """Residuals are of one layout in a call: none, a ControlNet's, a T2I-Adapter's, a pooled ControlNet's."""
+    x, t, text = torch.zeros(1, 4, 8, 8), torch.zeros(1), Conditioning(torch.zeros(1, 77, 32))
+    full, pooled = torch.zeros(1, 32, 8, 8), torch.zeros(1, 32, 1, 1)
+    kinds = [Residuals(), Residuals((full,), full), Residuals((pooled,), pooled), Residuals(level=(full,))]
+    kinds += [Residuals((full,)), Residuals(mid=full)]
+    layouts = {Call(x, t, text, residuals).layout for residuals in kinds}
+    assert len(layouts) == len(kinds)
+    assert Call(x.repeat(3, 1, 1, 1), t.long().repeat(3), text.select(torch.zeros(3).long())).layout in layouts
 
 
 # ---- LoRAs ----

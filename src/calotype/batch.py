@@ -74,6 +74,7 @@ class Batch:
         finally:
             self._restore()
 
+    @torch.inference_mode()
     def round(self) -> list[tuple[int, Made]]:
         """Answers one call of each request, and returns what that made. An error of the network itself is raised, and
         leaves all requests where they were.
@@ -129,7 +130,6 @@ class Batch:
                 piece.append(member)
             yield piece
 
-    @torch.inference_mode()
     def _output(self, runs: Sequence[Run], apart: bool) -> Tensor:
         """The network's output for the calls of some requests, in one."""
         unet, call = runs[0].parts.unet, Call.cat([run.call for run in runs if run.call is not None])

@@ -102,31 +102,32 @@ class Job:
         """Asks for each call of the network and is sent its output; then yields the update. The last one's x0 are the
         latents to decode.
         """
-        sampler, guidance, schedule = self.sampler(), self.guidance, self.guidance.schedule
+        sampler, guidance, negative = self.sampler(), self.guidance, self.guidance.negative
+        both = self.conditioning if negative is None else Conditioning.cat([negative, self.conditioning])
         seen: Tensor | None = None  # mode "once": the clean latents that the negative prompt saw in the first step
         for ev in sampler:
-            if guidance.negative is not None and guidance.evaluations(ev.index) == 2:
-                both = Conditioning.cat([guidance.negative, self.conditioning])
-                outputs = yield from self._output(ev.index, torch.cat([ev.x, ev.x]), torch.cat([ev.t, ev.t]), both)
-                uncond, out = outputs.chunk(2)
-                if guidance.mode == "once":
-                    seen = schedule.to_x0(ev.x, uncond, ev.t)
-            else:
+            if negative is None or not guidance.acts(ev.index):
                 out = yield from self._output(ev.index, ev.x, ev.t, self.conditioning)
-                if guidance.acts(ev.index):
-                    # Residual guidance (Kodaira et al. 2023, arXiv 2312.12491, 3.3, "onetime-negative"): what the
-                    # negative prompt saw at first stands for what it would see now.
-                    assert seen is not None
-                    uncond = schedule.to_output(ev.x, seen, ev.t).to(out.dtype)
-            if guidance.acts(ev.index):
-                out = guided(out, uncond, guidance.scale)
+            elif seen is None:
+                outputs = yield from self._output(ev.index, torch.cat([ev.x, ev.x]), torch.cat([ev.t, ev.t]), both)
+                uncond, cond = outputs.chunk(2)
+                out = guided(cond, uncond, guidance.scale)
+                if guidance.mode == "once":
+                    seen = guidance.schedule.to_x0(ev.x, uncond, ev.t)
+            else:
+                # Residual guidance (Kodaira et al. 2023, arXiv 2312.12491, 3.3, "onetime-negative"): what the negative
+                # prompt saw at first stands for what it would see now.
+                cond = yield from self._output(ev.index, ev.x, ev.t, self.conditioning)
+                uncond = guidance.schedule.to_output(ev.x, seen, ev.t).to(cond.dtype)
+                out = guided(cond, uncond, guidance.scale)
             update = sampler.send(out)
             # The reference decodes what the last update gave; DDIM may leave a little noise in it (set_alpha_to_one).
             yield update if ev.index + 1 < len(self.grid) else replace(update, x0=update.x)
 
     def _output(self, index: int, x: Tensor, t: Tensor, conditioning: Conditioning) -> Generator[Call, Tensor, Tensor]:
         """The network's output for the request's rows, once or twice over, with everything that steers it."""
-        copies, residuals, total = len(x) // len(self.conditioning.context), Residuals(), len(self.grid)
+        copies, residuals = len(x) // len(self.conditioning.context), Residuals()
+        total = len(self.grid)
         for control in self.controls:
             if index / total >= control.start and (index + 1) / total <= control.end:
                 residuals = residuals + control.at(x, t, conditioning, copies)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from calotype.generate import Asking, Job
@@ -23,7 +21,7 @@ from calotype.result import Result, Step
 
 @dataclass(eq=False)
 class Run:
-    """One request: `begin` it, `answer` its call until there is none, and take its `result`.
+    """One request: `begin` it, `answer` its call until there is none, and take its `result`; in inference mode.
 
     The parts, the mix and the description are those of the moment when it was made.
     """
@@ -40,28 +38,17 @@ class Run:
     _asking: Asking = field(init=False)
     _last: Step = field(init=False)
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Counts what is done within it to a stage: the caller's own time between steps is not ours."""
-        clock = time.perf_counter()
-        yield
-        self.seconds[stage] += time.perf_counter() - clock
-
-    @torch.inference_mode()
     def begin(self) -> None:
         """Encodes and draws; then there is a call."""
-        with self.timed("prepare"):
-            self.job = prepare(self.parts, self.resolved, note=self.notes.append)
-            self._asking = self.job.run()
-            self._go_on(None)
+        clock = time.perf_counter()
+        self.job = prepare(self.parts, self.resolved, note=self.notes.append)
+        self._asking = self.job.run()
+        first = next(self._asking)
+        self.call = first if isinstance(first, Call) else None
+        self.seconds["prepare"] += time.perf_counter() - clock
 
-    @torch.inference_mode()
     def answer(self, output: Tensor) -> Step | None:
         """Takes the network's output for the call; returns the step, where that was the last call of one."""
-        with self.timed("denoise"):
-            return self._go_on(output)
-
-    def _go_on(self, output: Tensor | None) -> Step | None:
         said = self._asking.send(output)
         if isinstance(said, Call):
             self.call = said
@@ -73,9 +60,10 @@ class Run:
 
     def result(self) -> Result:
         """The pictures of the last step; what was not to be painted comes back as it was."""
-        with self.timed("decode"):
-            images = list(decode(self.parts.vae, self._last.x0, note=self.notes.append))
-            if self.job.finish is not None:
-                images = [self.job.finish(i, image) for i, image in enumerate(images)]
+        clock = time.perf_counter()
+        images = list(decode(self.parts.vae, self._last.x0, note=self.notes.append))
+        if self.job.finish is not None:
+            images = [self.job.finish(i, image) for i, image in enumerate(images)]
+        self.seconds["decode"] = time.perf_counter() - clock
         timings = {**self.seconds, "total": sum(self.seconds.values()), "evaluations": self.job.evaluations}
         return Result(images, list(self.resolved.seeds), self.resolved.request, timings, self.model, tuple(self.notes))

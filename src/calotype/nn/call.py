@@ -13,7 +13,7 @@ from calotype.nn.unet import Conditioning, Residuals
 Network = Callable[[Tensor, Tensor, Conditioning, Residuals | None, int | None], Tensor]  # UNet.forward
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Call:
     """The arguments of `UNet.forward`, for B rows."""
 
