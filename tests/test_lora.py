@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -384,6 +385,30 @@ def test_a_thousand_swaps_leave_no_trace(tiny_sd15: Path, tmp_path: Path, dtype:
     assert digest(parts) == before
     assert pointers(parts) == places
     assert {path: path.read_bytes() for path in files} == files
+
+
+def test_whoever_keeps_what_depends_on_weights_is_told(parts: Parts, stack: Stack, tmp_path: Path) -> None:
+    """Of each parameter that was written, once it is; of nothing where nothing was. Keys agree where the weights do."""
+    told: list[frozenset[tuple[str, str]]] = []
+    stack.when_written.append(told.append)
+    only_unet = save(tmp_path / "only.safetensors", {f"{kohya(CONV)}.diff_b": n(64)})
+    stack.add("text", attention_lora(parts, tmp_path), 0.0)
+    stack.add("only", load_lora(only_unet, parts), 0.5)
+    assert told == [{("unet", f"{CONV}.bias")}]
+    stack.set({"only": 0.5, "text": 0.0})
+    assert len(told) == 1
+    written = stack.set({"text": 1.0})
+    assert told[1:] == [written]
+    assert {network for network, _ in written} == {"unet", "text_encoder"}
+    mixes: list[dict[str, float]] = [{}, {"only": 1.0}, {"text": 1.0}, {"text": 1, "only": 1.0}, {"text": 0.5}]
+    for network, module in networks(parts).items():
+        states = []
+        for mix in mixes:
+            stack.set(mix)
+            states.append({name: parameter.detach().clone() for name, parameter in module.named_parameters()})
+        for (one, a), (other, b) in itertools.combinations(zip(mixes, states, strict=True), 2):
+            equal = all(torch.equal(a[name], b[name]) for name in a)
+            assert equal == (stack.key(network, one) == stack.key(network, other)), (network, one, other)
 
 
 def test_what_is_written(parts: Parts, tmp_path: Path) -> None:

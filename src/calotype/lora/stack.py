@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from numbers import Real
@@ -40,6 +40,7 @@ class Stack:
         self._stored: dict[str, Mapping[str, Tensor]] = {}  # pristine weights: views of the mapped files
         self._kept: dict[Target, Tensor] = {}  # pristine values of weights that came from no file
         self._live: object = None  # which call of `live` is in force
+        self.when_written: list[Callable[[frozenset[Target]], None]] = []  # told what `set` wrote, when it is done
 
     @property
     def loras(self) -> Mapping[str, LoRA]:
@@ -132,7 +133,14 @@ class Stack:
         self._mix = dict(mix)
         self._current = {target: (parameters[target], shares) for target, shares in after.items()}
         self._kept = {target: value for target, value in self._kept.items() if target in after}
+        for told in self.when_written if changed else ():
+            told(frozenset(changed))
         return frozenset(changed)
+
+    def key(self, network: str, mix: Mix) -> Hashable:
+        """What a mix makes of a network: where keys are equal, weights are. For caches of what the network gives."""
+        shares = ((lora, mix.get(name, 0.0)) for name, lora in self._loras.items() if network in lora.deltas)
+        return tuple((lora, float(scale)) for lora, scale in shares if scale)
 
     def check_known(self, names: Collection[str]) -> None:
         """Raises UsageError for a name that no adapter has."""
