@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from calotype.batch import Batch
     from calotype.engine import Engine, load
     from calotype.errors import (
         CalotypeError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _HOME = {
     "load": "calotype.engine",
     "Engine": "calotype.engine",
+    "Batch": "calotype.batch",
     "Result": "calotype.result",
     "Step": "calotype.result",
     "Request": "calotype.request",
@@ -52,6 +54,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Batch",
     "CalotypeError",
     "CalotypeWarning",
     "CheckpointError",
