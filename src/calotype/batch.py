@@ -76,13 +76,14 @@ class Batch:
 
     @torch.inference_mode()
     def round(self) -> list[tuple[int, Made]]:
-        """Answers one call of each request, and returns what that made. An error of the network itself is raised, and
-        leaves all requests where they were.
+        """Answers one call of each request, decodes one picture of one that has had all its steps, and returns what
+        that made. An error of the network itself is raised, and leaves all requests where they were.
         """
-        mixes = [run.mix for run in self._running.values()]
+        drawing = {number: run for number, run in self._running.items() if not run.drawn}
+        mixes = [run.mix for run in drawing.values()]
         apart = any(mix != mixes[0] for mix in mixes)  # then no weight is written: each row has its LoRAs live
         made: list[tuple[int, Made]] = []
-        for number, run in list(self._running.items()):
+        for number, run in drawing.items():
             with self._ended_by_errors(number, made):
                 self._merge(run, {} if apart else run.mix)
                 if run.call is None:
@@ -97,9 +98,11 @@ class Batch:
                     run.seconds["denoise"] += seconds
                     if (step := run.answer(rows)) is not None:
                         made.append((number, step))
-                    if run.call is None:
-                        made.append((number, run.result()))
-                        del self._running[number]
+        for number, run in [(number, run) for number, run in self._running.items() if run.drawn][:1]:
+            with self._ended_by_errors(number, made):
+                if (result := run.develop()) is not None:
+                    made.append((number, result))
+                    del self._running[number]
         if not self._running:
             self._restore()
         return made
@@ -117,7 +120,8 @@ class Batch:
         """The requests whose calls can be one, in pieces of at most so many rows, or of a single request."""
         alike: dict[Hashable, list[tuple[int, Run]]] = {}
         for number, run in self._running.items():
-            assert run.call is not None
+            if run.call is None:
+                continue
             # Motion modules mix all rows, so a LoRA on them has one scale in a call.
             moving = tuple(sorted((name, scale) for name, scale in run.mix.items() if run.loras[name].moves))
             alike.setdefault((run.call.layout, moving if apart else ()), []).append((number, run))

@@ -125,7 +125,10 @@ class Engine:
                 run.seconds["denoise"] += time.perf_counter() - clock  # the caller's own time between steps is not ours
                 if step is not None:
                     yield step
-            return run.result()
+            with torch.inference_mode():
+                while (result := run.develop()) is None:
+                    pass
+            return result
         finally:
             self._merge_own()
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from calotype.generate import Asking, Job
@@ -21,7 +22,8 @@ from calotype.result import Result, Step
 
 @dataclass(eq=False)
 class Run:
-    """One request: `begin` it, `answer` its call until there is none, and take its `result`; in inference mode.
+    """One request: `begin` it, `answer` its call until there is none, then `develop` it until it has a result; all in
+    inference mode.
 
     The parts, the mix and the description are those of the moment when it was made.
     """
@@ -35,8 +37,11 @@ class Run:
     seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "denoise": 0.0, "decode": 0.0})
     job: Job = field(init=False)
     call: Call | None = field(init=False, default=None)  # of the network, that it waits for
+    drawn: bool = field(init=False, default=False)  # it has had all its steps
     _asking: Asking = field(init=False)
     _last: Step = field(init=False)
+    _decoding: Iterator[Image.Image] = field(init=False)
+    _images: list[Image.Image] = field(init=False, default_factory=list)
 
     def begin(self) -> None:
         """Encodes and draws; then there is a call."""
@@ -56,14 +61,21 @@ class Run:
         self._last = Step(said.index, said.t, said.x, said.x0, len(self.job.grid), self.parts.vae)
         following = next(self._asking, None)
         self.call = following if isinstance(following, Call) else None
+        if self.call is None:
+            self.drawn = True
+            self._decoding = decode(self.parts.vae, self._last.x0, note=self.notes.append)
         return self._last
 
-    def result(self) -> Result:
-        """The pictures of the last step; what was not to be painted comes back as it was."""
-        clock = time.perf_counter()
-        images = list(decode(self.parts.vae, self._last.x0, note=self.notes.append))
-        if self.job.finish is not None:
-            images = [self.job.finish(i, image) for i, image in enumerate(images)]
-        self.seconds["decode"] = time.perf_counter() - clock
+    def develop(self) -> Result | None:
+        """Decodes one picture more of the last step; what was not to be painted comes back as it was. With the last
+        picture there is the result.
+        """
+        clock, finish, done = time.perf_counter(), self.job.finish, len(self._images)
+        image = next(self._decoding)
+        self._images.append(image if finish is None else finish(done, image))
+        self.seconds["decode"] += time.perf_counter() - clock
+        if done + 1 < len(self._last.x0):
+            return None
         timings = {**self.seconds, "total": sum(self.seconds.values()), "evaluations": self.job.evaluations}
-        return Result(images, list(self.resolved.seeds), self.resolved.request, timings, self.model, tuple(self.notes))
+        seeds, request = list(self.resolved.seeds), self.resolved.request
+        return Result(self._images, seeds, request, timings, self.model, tuple(self.notes))
