@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from calotype.engine import Engine, Step, load
+    from calotype.engine import Engine, Step, load, load_from
     from calotype.errors import (
         CalotypeError,
         CalotypeWarning,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # Public name -> the module that defines it.
 _HOME = {
     "load": "calotype.engine",
+    "load_from": "calotype.engine",
     "Engine": "calotype.engine",
     "Result": "calotype.result",
     "Step": "calotype.engine",
@@ -68,6 +69,7 @@ __all__ = [
     "canny",
     "distill",
     "load",
+    "load_from",
     "open_image",
 ]
 
