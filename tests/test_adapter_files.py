@@ -12,7 +12,6 @@ from torch import Tensor
 
 import calotype
 from adapters import normal, save
-from calotype.cli.adapters import Adapters
 from calotype.errors import CalotypeError, CalotypeWarning, CheckpointError, UsageError
 from calotype.lora import load_lora
 from calotype.lora.names import Names, kohya_name, ldm_names, networks
@@ -326,11 +325,9 @@ def test_what_is_described_can_be_loaded_again(engine: calotype.Engine, tiny_sd1
     other = save(tmp_path / "other.safetensors", {**low(seed=3), "bundle_emb.mystyle.emb_params": vectors(4, seed=4)})
 
     def again() -> calotype.Engine:
-        fresh = calotype.load(tiny_sd15, device="cpu", dtype="float32")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CalotypeWarning)
-            Adapters.of(engine.describe()).put_into(fresh)
-        return fresh
+            return calotype.load_from(engine.describe())
 
     def same(fresh: calotype.Engine) -> bool:
         assert fresh.describe() == engine.describe()

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 import calotype
 from adapters import chosen, kohya_names, layers, low_rank, normal, peft_names, save
 from calotype.errors import CheckpointError, ModelNotFoundError, UnsafeFileError, UsageError
+from calotype.hashes import File
 from calotype.lora import LoRA, LowRank, Stack, load_lora
 from calotype.lora.formats import made_for
 from calotype.lora.names import networks
 from calotype.nn import motion
 from calotype.nn.unet import Conditioning, UNet
-from calotype.parts import Parts
+from calotype.parts import Motion, Parts
 from calotype.weights.load import load_parts
 
 LINEAR = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"  # (32, 32) in the tiny Stable Diffusion 1.5
@@ -465,8 +467,6 @@ def test_half_precision_is_rounded_once(tiny_sd15: Path, tmp_path: Path) -> None
 
 def test_networks_without_files(parts: Parts, tmp_path: Path) -> None:
     """Made in memory: what is touched is kept, and comes back."""
-    from dataclasses import replace
-
     parts = replace(parts, stored={})
     before, stack = digest(parts), Stack(parts)
     stack.add("it", every_lora(parts, tmp_path))
@@ -482,7 +482,8 @@ def test_describe(parts: Parts, stack: Stack, tmp_path: Path) -> None:
     stack.add("file", load_lora(tmp_path / "style.safetensors", parts))
     stack.set({"it": 0.5})
     told = {"ref": str(tmp_path), "weight_name": "style.safetensors", "revision": None}
-    assert stack.describe(stack.mix) == [{"name": "it", **told, "scale": 0.5}]
+    read = File.of(tmp_path / "style.safetensors")
+    assert stack.describe(stack.mix) == {"it": {**told, "scale": 0.5, "file": read}}
 
 
 def test_a_loaded_adapter_outlives_its_file(parts: Parts, stack: Stack, tmp_path: Path) -> None:
@@ -767,14 +768,12 @@ def test_motion_loras(parts: Parts, stack: Stack, tmp_path: Path, naming: str) -
     ):
         pass
 
-    motion.detach(parts.unet)
-    stack.use(parts)
+    stack.exchange_motion(parts)
     with pytest.raises(UsageError, match=r"'zoom' changes unet's .*motion_modules.*, which is not there"):
         stack.set({"style": 1.0, "zoom": 1.0})
     assert stack.mix == {}
     stack.set({"style": 1.0})
-    motion.attach(parts.unet, adapter)
-    stack.use(parts)
+    stack.exchange_motion(replace(parts, motion=Motion(adapter, parts.schedule)))
     stack.set({"style": 0.55, "zoom": 1.2})
     assert torch.equal(frames(), merged)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +9,7 @@ import pytest
 from PIL import Image
 
 import calotype
-from calotype import parameters as module
-from calotype.parameters import model_hash, parameters
+from calotype.parameters import parameters
 from calotype.request import Request
 
 
@@ -70,50 +66,11 @@ def test_loras_stand_in_the_prompt() -> None:
     assert text == "a fox <lora:paper:0.8> <lora:pytorch_lora:1>\nNegative prompt: blur\nVersion: calotype"
 
 
-def test_the_hash_of_a_file_is_kept_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "m.safetensors"
-    file.write_bytes(b"one")
-    read = []
-    monkeypatch.setattr(module, "_keep", lambda *args, keep=module._keep: (read.append(1), keep(*args)))
-    expected = hashlib.sha256(b"one").hexdigest()[:10]
-    monkeypatch.chdir(tmp_path)
-    assert model_hash(str(file)) == model_hash("m.safetensors") == model_hash("./m.safetensors") == expected
-    assert values({"model": {"model": str(file)}})["Model hash"] == expected
-    assert len(read) == 1
-    file.write_bytes(b"two")
-    os.utime(file, ns=(1, 1))
-    assert model_hash(str(file)) == hashlib.sha256(b"two").hexdigest()[:10]
-    assert len(read) == 2
-    (tmp_path / "other.safetensors").write_bytes(b"three")
-    model_hash("other.safetensors")
-    assert model_hash(str(file)) == hashlib.sha256(b"two").hexdigest()[:10]
-    assert len(read) == 3
-
-
-@pytest.mark.parametrize("ref", ["folder.safetensors", "gone.safetensors", "m.ckpt", "owner/name", "\0.safetensors"])
-def test_no_hash(ref: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "folder.safetensors").mkdir()
-    (tmp_path / "m.ckpt").write_bytes(b"")
-    monkeypatch.chdir(tmp_path)
-    assert model_hash(ref) is None
-
-
-@pytest.mark.parametrize("damage", ["{", "[]", '{"PATH": 3}', '{"PATH": {"state": "x"}}'])
-def test_a_damaged_cache_is_made_anew(damage: str, tmp_path: Path) -> None:
-    file = tmp_path / "m.safetensors"
-    file.write_bytes(b"one")
-    cache = Path(os.environ["XDG_CACHE_HOME"]) / "calotype" / "hashes.json"
-    cache.parent.mkdir()
-    cache.write_text(damage.replace("PATH", str(file)))
-    assert model_hash(str(file)) == hashlib.sha256(b"one").hexdigest()[:10]
-    assert json.loads(cache.read_text())[str(file)]["hash"] == hashlib.sha256(b"one").hexdigest()[:10]
-    assert [path.name for path in cache.parent.iterdir()] == ["hashes.json"]
-
-
-def test_without_a_place_for_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "m.safetensors").write_bytes(b"one")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "m.safetensors"))  # no folder
-    assert model_hash(str(tmp_path / "m.safetensors")) == hashlib.sha256(b"one").hexdigest()[:10]
+def test_the_hash_is_the_described_files() -> None:
+    model = {"model": "m.safetensors", "files": {"model": {"name": "m.safetensors", "sha256": "0123456789abcdef"}}}
+    assert values({"model": model})["Model hash"] == "0123456789"
+    model["files"]["model"]["sha256"] = None  # type: ignore[index]
+    assert values({"model": model}) == {"Model": "m", "Version": "calotype"}
 
 
 def test_a_picture_of_the_shipped_model(tmp_path: Path) -> None:

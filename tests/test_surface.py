@@ -17,7 +17,7 @@ from calotype import cli
 ROOT = Path(__file__).resolve().parent.parent
 
 NAMES = """
-    load Engine Batch Request Control Result Step distill canny open_image
+    load load_from Engine Batch Request Control Result Step distill canny open_image
     CalotypeError UsageError ModelNotFoundError CheckpointError UnsafeFileError OutputError CalotypeWarning
     __version__
 """

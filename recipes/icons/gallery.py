@@ -70,7 +70,7 @@ def draw(engine: calotype.Engine, prompts: Sequence[str], **fields: object) -> l
 def teacher_of(base: calotype.Engine) -> calotype.Engine:
     """The base model on timesteps that begin at the last one, as an LCM's do."""
     trailing = dataclasses.replace(base.parts.schedule, spacing="trailing")
-    return calotype.Engine(dataclasses.replace(base.parts, schedule=trailing), base.describe())
+    return calotype.Engine(dataclasses.replace(base.parts, schedule=trailing), {})
 
 
 def readme(student: calotype.Engine, base: calotype.Engine) -> Image.Image:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from calotype.batch import Batch
-    from calotype.engine import Engine, load
+    from calotype.engine import Engine, load, load_from
     from calotype.errors import (
         CalotypeError,
         CalotypeWarning,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # Public name -> the module that defines it.
 _HOME = {
     "load": "calotype.engine",
+    "load_from": "calotype.engine",
     "Engine": "calotype.engine",
     "Batch": "calotype.batch",
     "Result": "calotype.result",
@@ -71,6 +72,7 @@ __all__ = [
     "canny",
     "distill",
     "load",
+    "load_from",
     "open_image",
 ]
 

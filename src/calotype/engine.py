@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Collection, Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,14 +14,15 @@ from typing import Any
 import torch
 
 from calotype.batch import Batch
+from calotype.description import PARTS, Description
 from calotype.errors import CalotypeWarning, UsageError
-from calotype.lora import Delta, LoRA, Stack, load_lora
+from calotype.hashes import File
+from calotype.lora import Stack, load_lora
 from calotype.lora.live import Scale
-from calotype.lora.names import MOTION, NETWORKS
+from calotype.lora.names import NETWORKS
 from calotype.lora.words import Words
-from calotype.nn import motion
 from calotype.parts import Habit, Motion, Parts, Stored
-from calotype.precision import DTYPES, warn_of_emulation
+from calotype.precision import DTYPES, device_of, warn_of_emulation
 from calotype.request import Request, adapter_name
 from calotype.resolve import Resolved, resolve
 from calotype.result import Result, Step
@@ -34,7 +35,7 @@ from calotype.weights.habits import habit_of
 from calotype.weights.load import load_parts
 from calotype.weights.motion import beta_schedule_of, load_motion, read_motion, resolve_motion, with_betas
 
-__all__ = ["Engine", "load"]
+__all__ = ["Engine", "load", "load_from"]
 
 UNSAID = (
     "the LoRA {!r} changes every layer, as few-step LoRAs do, and does not say how it is used: if it is one, say"
@@ -45,12 +46,11 @@ UNSAID = (
 class Engine:
     """A model in memory, with its adapters. It keeps nothing of a request, so requests may be interleaved."""
 
-    def __init__(self, parts: Parts, described: dict[str, Any], *, offline: bool = False) -> None:
+    def __init__(self, parts: Parts, model: Mapping[str, Any], *, offline: bool = False) -> None:
         self.parts = parts
-        self._described = described
+        files = {part: File.of(model.get(part)) for part in PARTS}
+        self._made = Description(model, parts.family, {part: file for part, file in files.items() if file is not None})
         self._offline = offline
-        self._controls: dict[str, dict[str, Any]] = {}  # name -> what it was loaded from
-        self._embeddings: dict[str, dict[str, Any]] = {}  # token -> what it was loaded from
         self._stack = Stack(parts)
         self._mix: dict[str, float] = {}  # of requests that have none of their own; a request's may be merged just now
         self._words = Words(parts.text)
@@ -143,7 +143,7 @@ class Engine:
         clock = time.perf_counter()
         resolved, notes = self._resolve(request)
         mix, loras = self._mix_of(request), self._stack.loras
-        run = Run(self.parts, resolved, notes, mix, {name: loras[name] for name in mix}, self.describe(mix))
+        run = Run(self.parts, resolved, notes, mix, {name: loras[name] for name in mix}, self._describe(mix))
         run.seconds["prepare"] += time.perf_counter() - clock
         return run
 
@@ -244,7 +244,7 @@ class Engine:
         Raises UsageError where the name is taken, ModelNotFoundError, CheckpointError where it does not fit the model.
         """
         name = adapter_name(ref) if name is None else name
-        if name in self._controls:
+        if name in self._made.controls:
             raise UsageError(f"there is a control {name!r} already", "choose another name, or remove that one first")
         network = load_control(
             ref,
@@ -259,30 +259,52 @@ class Engine:
             dtype=self.parts.dtype,
         )
         self.parts = replace(self.parts, controls={**self.parts.controls, name: network})
-        self._controls[name] = {"ref": str(ref), "subfolder": subfolder, "variant": variant, "revision": revision}
+        told = {"ref": str(ref), "subfolder": subfolder, "variant": variant, "revision": revision}
+        self._made = self._made.with_added("controls", name, {**told, "file": File.of(ref)})
         return name
 
     def remove_control(self, name: str) -> None:
         """Forgets a control. Raises UsageError for a name that `add_control` has not given."""
-        if name not in self._controls:
-            raise UsageError(f"there is no control {name!r}: the engine has {', '.join(self._controls) or 'none'}")
-        del self._controls[name]
+        self._made = self._made.without("controls", name)
         self.parts = replace(self.parts, controls={n: c for n, c in self.parts.controls.items() if n != name})
 
-    def add_embedding(self, ref: str | Path, token: str | None = None, *, weight_name: str | None = None) -> str:
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """The names that requests call the controls by."""
+        return tuple(self._made.controls)
+
+    def add_embedding(
+        self, ref: str | Path, token: str | None = None, *, weight_name: str | None = None, revision: str | None = None
+    ) -> str:
         """Loads a textual inversion: prompts that hold its token, which is returned, mean what was learnt. A word that
         came with a LoRA gives way to it.
 
         Raises UsageError where the token is a word already, ModelNotFoundError, CheckpointError.
         """
-        learnt = inversion.load_inversion(ref, token, weight_name=weight_name, offline=self._offline)
+        learnt = inversion.load_inversion(ref, token, weight_name=weight_name, revision=revision, offline=self._offline)
         self._words.give_way(learnt)
         inversion.add(self.parts.text, learnt)
-        self._embeddings[learnt.token] = {"ref": str(ref), "weight_name": weight_name}
+        told = {"ref": str(ref), "weight_name": weight_name, "revision": revision, "file": learnt.file}
+        self._made = self._made.with_added("embeddings", learnt.token, told)
         return learnt.token
 
+    def remove_embedding(self, token: str) -> None:
+        """Forgets a textual inversion. Raises UsageError for a token that `add_embedding` has not given."""
+        self._made = self._made.without("embeddings", token)
+        self._words.remove(token, self._stack.loras)
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """The tokens of the textual inversions that were added by themselves; a LoRA's words go with it."""
+        return tuple(self._made.embeddings)
+
     def set_motion(
-        self, ref: str | Path | None, *, beta_schedule: str | None = None, variant: str | None = None
+        self,
+        ref: str | Path | None,
+        *,
+        beta_schedule: str | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
     ) -> None:
         """Puts a motion adapter into the model, so that requests may have frames; None takes it out again.
 
@@ -293,61 +315,42 @@ class Engine:
         """
         if ref is None:
             self._exchange_motion(None, {})
-            self._described.pop("motion", None)
+            self._made = replace(self._made, motion=None)
             return
-        adapter = load_motion(
-            ref,
-            unet=self.parts.unet.config,
-            variant=variant,
-            offline=self._offline,
-            device=self.parts.device,
-            dtype=self.parts.dtype,
-        )
-        path = resolve_motion(ref, variant=variant, offline=self._offline)
+        path = resolve_motion(ref, variant=variant, revision=revision, offline=self._offline)
+        unet, device, dtype = self.parts.unet.config, self.parts.device, self.parts.dtype
+        adapter = load_motion(path, unet=unet, variant=variant, device=device, dtype=dtype)
         beta_schedule = beta_schedule_of(path) if beta_schedule is None else beta_schedule
         schedule = NoiseSchedule.from_config(with_betas(self.parts.scheduler, beta_schedule))
         habit = habit_of("motion", ref, path)
         self._exchange_motion(Motion(adapter, schedule, habit), {"motion": partial(read_motion, path, variant)})
-        self._described["motion"] = {"ref": str(ref), "beta_schedule": beta_schedule, "variant": variant}
+        told = {"ref": str(ref), "beta_schedule": beta_schedule, "variant": variant, "revision": revision}
+        self._made = replace(self._made, motion={**told, "file": File.of(ref)})
 
     def _exchange_motion(self, new: Motion | None, stored: Mapping[str, Stored]) -> None:
-        there = {} if new is None else {name: p.shape for name, p in new.adapter.named_parameters()}
-        moving = {name for name, lora in self._stack.loras.items() if _motion_of(lora)}
-        fitting = {
-            name
-            for name in moving
-            if all(
-                parameter in there and delta.fits(tuple(there[parameter]))
-                for parameter, delta in _motion_of(self._stack.loras[name]).items()
-            )
-        }
-        for name in moving - fitting:
+        for name in self._stack.misfits(None if new is None else new.adapter):
             message = f"the LoRA {name!r} goes with the motion adapter that it changes"
             warnings.warn(message, CalotypeWarning, stacklevel=3)
             self.remove_lora(name)
-        mix = self._mix
-        self._stack.set({name: scale for name, scale in mix.items() if name not in moving})
-        motion.detach(self.parts.unet)
-        if new is not None:
-            motion.attach(self.parts.unet, new.adapter)
+        self._merge_own()
         others = {part: read for part, read in self.parts.stored.items() if part != "motion"}
         self.parts = replace(self.parts, motion=new, stored={**others, **stored})
-        self._stack.use(self.parts)
-        self._stack.set(mix)
+        self._stack.exchange_motion(self.parts)
 
-    def describe(self, mix: Mapping[str, float] | None = None) -> dict[str, Any]:
-        """Which model this is, how it was loaded and what was added: what it takes to load it again.
+    def describe(self) -> dict[str, Any]:
+        """Which model this is, how it was loaded and what was added, as JSON: what `calotype.load_from` takes.
 
-        mix: of LoRAs, instead of the engine's own.
+        Single files are named by their SHA-256 as well, which is found now: a second or a few for a gigabyte, and kept
+        on this machine for the next time. LoRAs that are not in the mix have a scale of 0.
         """
-        loras = {lora.pop("name"): lora for lora in self._stack.describe(self._mix if mix is None else mix)}
-        added = {"loras": loras, "controls": dict(self._controls), "embeddings": dict(self._embeddings)}
-        return {**self._described, **{what: value for what, value in added.items() if value}}
+        return self._describe({**dict.fromkeys(self._stack.loras, 0.0), **self._mix}).to_json()
 
+    def _describe(self, mix: Mapping[str, float]) -> Description:
+        """What a picture with these LoRAs is made of."""
+        return replace(self._made, loras=self._stack.describe(mix))
 
-def _motion_of(lora: LoRA) -> dict[str, Delta]:
-    """What a LoRA changes of motion modules, by their parameters' names."""
-    return {name: delta for name, delta in lora.deltas.get("unet", {}).items() if MOTION in name}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(load_from, offline=self._offline), (self.describe(),)
 
 
 def load(
@@ -371,7 +374,7 @@ def load(
 
     Raises ModelNotFoundError, CheckpointError, UsageError.
     """
-    where = _device(device)
+    where = device_of(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"dtype is {dtype!r}: allowed are auto, {', '.join(DTYPES)}")
     name = ("float32" if where.type == "cpu" else "float16") if dtype == "auto" else dtype
@@ -389,27 +392,20 @@ def load(
         device=where,
         dtype=DTYPES[name],
     )
-    described = {
-        **refs,
-        "variant": variant,
-        "revision": revision,
-        "prediction": prediction,
-        "device": str(where),
-        "dtype": name,
-    }
-    return Engine(parts, {**described, "family": parts.family}, offline=offline)
+    described = {**refs, "variant": variant, "revision": revision, "prediction": prediction}
+    return Engine(parts, {**described, "device": str(where), "dtype": name}, offline=offline)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(
-            f"device is {name!r}: not usable here ({str(error).splitlines()[0]})", hint="try auto or cpu"
-        ) from None
-    return device
+def load_from(description: Mapping[str, Any], *, search: Sequence[str | Path] = (), offline: bool = False) -> Engine:
+    """Loads the engine that `engine.describe()` or a picture's metadata describes, with all that was added to it.
+
+    A single file must be the one that was used then, by its SHA-256. One that was moved is looked for by its name and
+    hash in the folders `search` and below them.
+
+    Raises UsageError where the description is damaged, ModelNotFoundError, also for a file that is another by now,
+    CheckpointError.
+    """
+    made = Description.of(description).found(search)
+    engine = load(**made.model, offline=offline)
+    made.add_to(engine)
+    return engine

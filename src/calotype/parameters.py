@@ -7,17 +7,10 @@ values, so no name has any.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from calotype import atomic
-from calotype.errors import OutputError
 from calotype.samplers import SAMPLERS
 
 TWO_ENCODERS = ("sdxl", "ssd1b")  # families that use the last layer but one as they are: there that is "Clip skip: 2"
@@ -34,14 +27,14 @@ def parameters(metadata: Mapping[str, Any]) -> str:
     if request.get("negative_prompt"):
         lines.append(f"Negative prompt: {request['negative_prompt']}")
     skipped, seed = request.get("clip_skip"), request.get("seed")
-    ref = model.get("model")
+    ref, digits = model.get("model"), model.get("files", {}).get("model", {}).get("sha256")
     named = {
         "Steps": request.get("steps"),
         "Sampler": SAMPLERS[request["sampler"]].title if request.get("sampler") in SAMPLERS else None,
         "CFG scale": request.get("guidance"),
         "Seed": None if seed is None else seed + metadata.get("index", 0),
         "Size": f"{request['width']}x{request['height']}" if "width" in request and "height" in request else None,
-        "Model hash": None if ref is None else model_hash(ref),
+        "Model hash": None if digits is None else digits[:DIGITS],
         "Model": None if ref is None else _name(ref) or None,
         "Denoising strength": request.get("strength"),
         "Clip skip": None if skipped is None else skipped + (2 if model.get("family") in TWO_ENCODERS else 1),
@@ -60,49 +53,3 @@ def _name(ref: str) -> str:
     """The last part of a path or a Hub id, without what follows its name: where a file lies is nobody's business."""
     last = re.split(r"[/\\]", ref.rstrip("/\\"))[-1].partition("@")[0].removesuffix(".safetensors")
     return re.sub(r"[,:<>\n]", "", last).strip(".")
-
-
-# ---- hashes ----
-
-
-def model_hash(ref: str) -> str | None:
-    """The first digits of the SHA-256 of a single file; None for a folder and for what is not on this machine.
-
-    2 GB take seconds, so it is kept for the next time, until the file changes.
-    """
-    path = Path(ref).expanduser().absolute()
-    try:
-        if path.suffix.lower() != ".safetensors" or not path.is_file():
-            return None
-        status = path.stat()
-        state = [status.st_size, status.st_mtime_ns]
-        known = _kept().get(str(path))
-        if isinstance(known, dict) and known.get("state") == state and isinstance(known.get("hash"), str):
-            return str(known["hash"])
-        with path.open("rb") as file:
-            digits = hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
-    except OSError:  # it may be gone by now; the picture is not
-        return None
-    _keep(str(path), {"state": state, "hash": digits})
-    return digits
-
-
-def _file() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "calotype" / "hashes.json"
-
-
-def _kept() -> dict[str, Any]:
-    try:
-        found = json.loads(_file().read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _keep(path: str, entry: Mapping[str, Any]) -> None:
-    """Whole or not at all, and without an error where there is no place for it."""
-    file = _file()
-    with contextlib.suppress(OSError, OutputError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(file, json.dumps({**_kept(), path: entry}).encode())

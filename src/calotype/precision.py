@@ -1,4 +1,4 @@
-"""The dtypes to compute in, and which devices multiply bfloat16 themselves: on others PyTorch emulates it, slowly."""
+"""Devices and dtypes to compute in. Not all multiply bfloat16 themselves: on others PyTorch emulates it, slowly."""
 
 from __future__ import annotations
 
@@ -7,10 +7,26 @@ import warnings
 
 import torch
 
-from calotype.errors import CalotypeWarning
+from calotype.errors import CalotypeWarning, UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 X86 = ("x86_64", "AMD64")
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU where there is one. Raises UsageError where it cannot be used."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(
+            f"device is {name!r}: not usable here ({str(error).splitlines()[0]})", hint="try auto or cpu"
+        ) from None
+    return device
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

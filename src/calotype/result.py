@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from calotype.description import Description
 from calotype.images import grid, save_png
 from calotype.latents import Vae, decode
 from calotype.request import Request
@@ -36,8 +37,13 @@ class Result:
     seeds: list[int]  # of each picture or clip
     request: Request  # with every default filled in
     timings: dict[str, float]  # seconds of each stage: prepare, denoise, decode, total; and how many `evaluations`
-    model: dict[str, Any]  # engine.describe()
+    described: Description  # of the engine as it was
     notes: tuple[str, ...] = ()  # what was filled in because a few-step model or adapter likes it so
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """What `calotype.load_from` takes. Files are hashed for it, once: the first picture does not wait for that."""
+        return self.described.to_json()
 
     @property
     def image(self) -> Image.Image:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
+from calotype.description import Description
 from calotype.generate import Asking, Job
 from calotype.latents import decode
 from calotype.lora import LoRA
@@ -33,7 +33,7 @@ class Run:
     notes: list[str]
     mix: Mapping[str, float]
     loras: Mapping[str, LoRA]  # those of the mix: a name may be another's later
-    model: dict[str, Any]  # Engine.describe
+    described: Description
     seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "denoise": 0.0, "decode": 0.0})
     job: Job = field(init=False)
     call: Call | None = field(init=False, default=None)  # of the network, that it waits for
@@ -78,4 +78,4 @@ class Run:
             return None
         timings = {**self.seconds, "total": sum(self.seconds.values()), "evaluations": self.job.evaluations}
         seeds, request = list(self.resolved.seeds), self.resolved.request
-        return Result(self._images, seeds, request, timings, self.model, tuple(self.notes))
+        return Result(self._images, seeds, request, timings, self.described, tuple(self.notes))

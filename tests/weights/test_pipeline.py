@@ -15,9 +15,10 @@ from calotype.errors import CalotypeWarning, CheckpointError
 from calotype.families import CUSTOM, SD15, SDXL
 from calotype.nn.unet import UNetConfig
 from calotype.schedule import NoiseSchedule
+from calotype.weights.files import read_json
 from calotype.weights.inspect import inspect_model
 from calotype.weights.load import load_parts
-from calotype.weights.pipeline import read_defaults, read_pipeline
+from calotype.weights.pipeline import defaults_of, read_pipeline
 from checkpoints import write_unet
 
 INDEX: dict[str, Any] = {
@@ -112,7 +113,9 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
 def defaults(
     folder: Path, unet: UNetConfig, schedule: NoiseSchedule = SCHEDULE, family: Any = CUSTOM
 ) -> dict[str, Any]:
-    return dataclasses.asdict(read_defaults(folder, family, unet, schedule, 8))
+    path = folder / "calotype.json"
+    raw = read_json(path) if path.is_file() else {}
+    return dataclasses.asdict(defaults_of(raw, str(path), family, unet, schedule, 8))
 
 
 def test_without_calotype_json_the_network_and_the_scheduler_say(tmp_path: Path) -> None:

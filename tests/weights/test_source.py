@@ -59,7 +59,20 @@ def test_shipped_models_have_names_and_none_is_the_first(
 
 
 @pytest.mark.parametrize(
-    "ref", ["", "   ", "nothing", "./nothing", "/no/such/folder", "a\0b", "x" * 5000, "../..x/y", "a/b/c", "org/mödel!"]
+    "ref",
+    [
+        "",
+        "   ",
+        "nothing",
+        "./nothing",
+        "/no/such/folder",
+        "a\0b",
+        "x" * 5000,
+        "../..x/y",
+        "a/b/c",
+        "org/mödel!",
+        "~no-one/x",
+    ],
 )
 def test_what_leads_nowhere_is_not_found(ref: str) -> None:
     with pytest.raises(ModelNotFoundError) as caught:

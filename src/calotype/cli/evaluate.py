@@ -16,6 +16,7 @@ import typer
 from calotype.cli import adapters, destination
 from calotype.cli import eval_report as report
 from calotype.cli.progress import Report, progress
+from calotype.description import Description
 from calotype.errors import UsageError
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def evaluate(
         show("loading")
         where = {"device": device, "dtype": dtype, "offline": offline}
         student = calotype.load(model, **where)  # type: ignore[arg-type]
-        adapters.Adapters(loras=added).put_into(student)
+        Description(loras=added).add_to(student)
         # Loaded anew even where it is the same model: the LoRAs are in the student's weights alone.
         origin = calotype.load(teacher, unet=teacher_unet, **where)  # type: ignore[arg-type]
         judge = None if clip is None else load_judge(clip, origin.parts)

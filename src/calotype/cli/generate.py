@@ -16,16 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from calotype.cli import adapters, destination, parse, report
-from calotype.cli.adapters import Adapters
 from calotype.cli.progress import Report, progress
 from calotype.cli.show import recorded
+from calotype.description import Description
 from calotype.errors import CalotypeWarning, UsageError
 
 if TYPE_CHECKING:
     from calotype import Engine, Request, Result
 
-# What `calotype.load` takes and `engine.describe` gives back.
-LOAD_ARGUMENTS = ("model", "unet", "vae", "variant", "revision", "prediction", "device", "dtype")
 STDIN_LIMIT = 1_000_000  # characters: an endless stream must not fill the memory
 
 
@@ -185,7 +183,7 @@ class Job:
 
     request: Request
     models: dict[str, Any]
-    adapters: Adapters
+    adapters: Description
     index: int | None = None  # None keeps them all
 
     @property
@@ -198,7 +196,7 @@ def new_job(fields: dict[str, Any], models: dict[str, Any], extras: dict[str, An
 
     if "prompt" not in fields:
         raise UsageError("there is no prompt", hint='calotype "a fox"; - reads the prompt from stdin')
-    return Job(Request(**fields), models, Adapters(**extras))
+    return Job(Request(**fields), models, Description(**extras))
 
 
 def job_like(path: Path, fields: dict[str, Any], models: dict[str, Any], extras: dict[str, Any]) -> Job:
@@ -223,12 +221,13 @@ def job_like(path: Path, fields: dict[str, Any], models: dict[str, Any], extras:
         request, index = replace(request, seed=own_seed, n=1), None
     if ("steps" in fields) != ("timesteps" in fields):  # the one decides the other
         request = replace(request, steps=None, timesteps=None)
-    made_with = {name: value for name, value in metadata["model"].items() if name in LOAD_ARGUMENTS}
-    added = replace(Adapters.of(metadata["model"]), **extras)
-    return Job(replace(request, **fields), given(**made_with) | models, added, index)
+    made = Description.of(metadata["model"])
+    files = {part: file for part, file in made.files.items() if part not in models}
+    added = replace(made, files=files, **extras)
+    return Job(replace(request, **fields), given(**made.model) | models, added, index)
 
 
-def load(models: dict[str, Any], added: Adapters, show: Report) -> tuple[Engine, float]:
+def load(models: dict[str, Any], added: Description, show: Report) -> tuple[Engine, float]:
     """The engine with its adapters, and the seconds that loading it took, torch's import among them."""
     import calotype
 
@@ -236,8 +235,9 @@ def load(models: dict[str, Any], added: Adapters, show: Report) -> tuple[Engine,
     start = time.perf_counter()
     with uncollected():
         load_model = calotype.load  # imports torch
-    engine = load_model(**models)
-    added.put_into(engine)
+    made = replace(added, model=models).found()
+    engine = load_model(**made.model)
+    made.add_to(engine)
     return engine, time.perf_counter() - start
 
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from calotype.hashes import File
 from calotype.lora.names import MOTION
 from calotype.parts import Habit
 from calotype.text.inversion import Inversion
@@ -281,6 +282,7 @@ class LoRA:
     habit: Habit | None = None
     words: tuple[Inversion, ...] = ()  # textual inversions in the same file
     may_be_few_step: bool = False  # by its shape; but nothing says how it likes to be used
+    file: File | None = None  # where it was read
 
     @property
     def moves(self) -> bool:

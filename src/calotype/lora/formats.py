@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from calotype.errors import CalotypeWarning, CheckpointError
 from calotype.families import FAMILIES, SDXL, SSD1B
+from calotype.hashes import File
 from calotype.lora.deltas import Delta, LoRA, LowRank, Shape
 from calotype.lora.keys import layers_of, unsupported
 from calotype.lora.layers import Damaged, Place, deltas_of
@@ -43,7 +44,8 @@ def load_lora(
     tensors = read([path])
     deltas, habit = _changes(path, tensors, parts), habit_of("lora", ref, path)
     unsaid = habit is None and _may_be_few_step(path, deltas, parts)
-    return LoRA(str(ref), weight_name, deltas, revision, habit, read_words(path, tensors), unsaid)
+    words = read_words(path, tensors)
+    return LoRA(str(ref), weight_name, deltas, revision, habit, words, unsaid, File.of(ref, path))
 
 
 def read_lora(path: Path, parts: Parts) -> dict[str, dict[str, Delta]]:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from calotype.errors import CheckpointError, UsageError
-from calotype.lora.deltas import LoRA
+from calotype.lora.deltas import Delta, LoRA
 from calotype.lora.live import Scale, Term, hook, term
 from calotype.lora.names import MOTION, NETWORKS, networks, own_rows
+from calotype.nn import motion
+from calotype.nn.motion import MotionAdapter
 from calotype.parts import Parts
 from calotype.weights.files import is_finite, shown
 
@@ -52,27 +54,41 @@ class Stack:
         """What is merged now, {name: scale}."""
         return dict(self._mix)
 
-    def describe(self, mix: Mix) -> list[dict[str, Any]]:
+    def describe(self, mix: Mix) -> dict[str, dict[str, Any]]:
         """A mix, as what it takes to make it again; those that brought words are in it, if at a scale of 0."""
-        return [
-            {
-                "name": name,
+        return {
+            name: {
                 "ref": lora.ref,
                 "weight_name": lora.weight_name,
                 "revision": lora.revision,
                 "scale": mix.get(name, 0.0),
+                "file": lora.file,
             }
             for name, lora in self._loras.items()
             if name in mix or lora.words
+        }
+
+    def misfits(self, adapter: MotionAdapter | None) -> list[str]:
+        """The registered adapters that change motion modules which this one has not."""
+        there = {} if adapter is None else {name: tuple(p.shape) for name, p in adapter.named_parameters()}
+        return [
+            name
+            for name, lora in self._loras.items()
+            if not all(at in there and delta.fits(there[at]) for at, delta in _motion_of(lora).items())
         ]
 
-    def use(self, parts: Parts) -> None:
-        """Goes on with the same networks after motion modules were put in or taken out: then `set` the mix again.
-
-        Adapters that change the old modules must be out of the mix before.
+    def exchange_motion(self, parts: Parts) -> None:
+        """Goes on with the same networks, with the motion modules of `parts` in place of those that were in the U-Net,
+        and the same mix. `misfits` must be gone before.
         """
+        mix = self._mix
+        self.set({name: scale for name, scale in mix.items() if not _motion_of(self._loras[name])})
+        motion.detach(parts.unet)
+        if parts.motion is not None:
+            motion.attach(parts.unet, parts.motion.adapter)
         self._parts = parts
         self._stored.pop("motion", None)
+        self.set(mix)
 
     def add(self, name: str, lora: LoRA, scale: float = 1.0) -> frozenset[Target]:
         """Registers an adapter and merges it beside the others. Returns what was written, as `set` does.
@@ -241,6 +257,11 @@ class Stack:
                 added = term(module, last, lora.deltas[network][parameter], pristine)
                 terms.setdefault((network, path), []).append((scale, added))
         return terms
+
+
+def _motion_of(lora: LoRA) -> dict[str, Delta]:
+    """What a LoRA changes of motion modules, by their parameters' names."""
+    return {name: delta for name, delta in lora.deltas.get("unet", {}).items() if MOTION in name}
 
 
 def _targets(lora: LoRA) -> Iterator[Target]:

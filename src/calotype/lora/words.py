@@ -115,10 +115,18 @@ class Words:
         gone = {word for word, owner in self._owners.items() if owner == name}
         for token in gone:
             self._release(token)
-        for other, lora in others.items():
+        self._learn_again(gone, others)
+
+    def remove(self, token: str, loras: Mapping[str, LoRA]) -> None:
+        """Forgets a word that was added by itself; where a LoRA brings such a word, that is learnt."""
+        inversion.remove(self._text, token)
+        self._learn_again({token.lower()}, loras)
+
+    def _learn_again(self, gone: set[str], loras: Mapping[str, LoRA]) -> None:
+        for name, lora in loras.items():
             for word in lora.words:
                 if word.token.lower() in gone - self._owners.keys():
-                    self.learn(other, [word])
+                    self.learn(name, [word])
 
     def give_way(self, learnt: Inversion) -> None:
         """Forgets an adapter's word where another is to be added in its place. Raises CheckpointError if it cannot."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from calotype.errors import CheckpointError, UsageError
+from calotype.hashes import File
 from calotype.nn.clip import CLIPText
 from calotype.text.encode import TextEncoder
 from calotype.weights.files import PICKLES, is_finite, read, shown, unsafe
@@ -33,6 +34,7 @@ class Inversion:
 
     token: str  # as it is written in prompts, where upper or lower case makes no difference
     vectors: tuple[Tensor, ...]  # for each text encoder (k, width)
+    file: File | None = None  # where it was read
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -52,12 +54,7 @@ def load_inversion(
     It may be diffusers' (its key is the word), kohya's and AUTOMATIC1111's (emb_params), or SDXL's (clip_l and clip_g).
     `token` is another word for it. Raises ModelNotFoundError, CheckpointError, UsageError for an impossible word.
     """
-    file = resolve_file(ref, weight_name, preferred=("learned_embeds.safetensors",), revision=revision, offline=offline)
-    return read_inversion(file, token)
-
-
-def read_inversion(path: Path, token: str | None = None) -> Inversion:
-    """The textual inversion in a file; see `load_inversion`."""
+    path = resolve_file(ref, weight_name, preferred=("learned_embeds.safetensors",), revision=revision, offline=offline)
     if path.suffix.lower() in PICKLES:
         raise unsafe(path)
     tensors = read([path])
@@ -71,7 +68,8 @@ def read_inversion(path: Path, token: str | None = None) -> Inversion:
             f"{path} is not a textual inversion: it holds {shown(list(keys[:5]))}",
             "one has a single tensor, or clip_l and clip_g",
         )
-    return Inversion(check_word(name if token is None else token), tuple(rows(path, each) for each in vectors))
+    word, learnt = check_word(name if token is None else token), tuple(rows(path, each) for each in vectors)
+    return Inversion(word, learnt, File.of(ref, path))
 
 
 def check_word(token: str) -> str:

@@ -6,6 +6,7 @@ mapped file; any other is converted, one at a time. So anonymous memory grows by
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -150,7 +151,7 @@ def _opened(
     whole = open_model(root, variant, prediction)
     owners = {"unet": whole, "vae": whole}
     for name, ref in overrides.items():
-        tiny = taesd.decoder_in(Path(ref).expanduser()) if name == "vae" else None
+        tiny = taesd.decoder_in(Path(os.path.expanduser(ref))) if name == "vae" else None
         path = source.resolve(ref, subfolder=name, variant=variant, offline=offline) if tiny is None else tiny
         owners[name] = SingleFile(path) if path.is_file() else Folder(path.parent, variant, {name: path})
     folders = {name: owner.folder(name) for name, owner in owners.items() if isinstance(owner, Folder)}

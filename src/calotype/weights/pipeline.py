@@ -173,12 +173,6 @@ def default_sampler(unet: UNetConfig, schedule: NoiseSchedule) -> str:
     return schedule.default_sampler
 
 
-def read_defaults(folder: Path, family: Family, unet: UNetConfig, schedule: NoiseSchedule, downscale: int) -> Defaults:
-    """The defaults of a model folder: see `defaults_of`."""
-    path = folder / "calotype.json"
-    return defaults_of(read_json(path) if path.is_file() else {}, str(path), family, unet, schedule, downscale)
-
-
 def defaults_of(
     raw: dict[str, Any],
     path: str,

@@ -134,7 +134,7 @@ def choose_file(files: Sequence[str], where: str, name: str | None, preferred: S
 def _pickle(where: str, name: str, wanted: str = "") -> CheckpointError:
     """The refusal of a pickle in a folder; or in a repository, where it must be downloaded (`wanted`, or all) first."""
     error, match = unsafe(Path(where) / name), HUB_ID.fullmatch(where)
-    if match is None or Path(where).expanduser().exists():
+    if match is None or Path(os.path.expanduser(where)).exists():
         return error
     revision = [] if match["revision"] is None else ["--revision", match["revision"]]
     folder = match["repo"].partition("/")[2]
@@ -148,7 +148,7 @@ def _local(ref: str) -> Path | None:
         return shipped()[ref]
     if not ref.strip() or "\0" in ref:
         return None
-    path = Path(ref).expanduser()
+    path = Path(os.path.expanduser(ref))  # Path's own raises for the home of nobody
     try:
         return path if path.exists() else None
     except OSError:  # such as a name that is too long for the file system
@@ -312,7 +312,7 @@ def nearest(ref: str) -> list[str]:
     cached = [folder.name.removeprefix("models--").replace("--", "/") for folder in _listing(hub_cache(), "models--*")]
     names = [*shipped(), *cached]
     if "\0" not in ref and len(ref) <= 4096:
-        names += [str(entry) for entry in _listing(Path(ref).expanduser().parent, "*") if entry.is_dir()]
+        names += [str(entry) for entry in _listing(Path(os.path.expanduser(ref)).parent, "*") if entry.is_dir()]
     by_lower = {name.lower(): name for name in names}
     return [by_lower[name] for name in difflib.get_close_matches(ref.lower(), by_lower, n=3, cutoff=0.6)]
 
