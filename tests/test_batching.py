@@ -210,7 +210,7 @@ def test_one_mix_for_all_is_merged(mixed: calotype.Engine, monkeypatch: pytest.M
     monkeypatch.setattr(mixed._stack, "live", lambda *_, **__: pytest.fail("live"))
     requests = [Request("a fox", steps=2, seed=seed, loras={"other": 1.0}, **SIZE) for seed in range(2)]
     check(mixed, *requests)
-    assert mixed._stack.mix == {"one": 0.3}
+    assert mixed.loras == mixed._stack.merged == {"one": 0.3}
 
 
 def test_one_joins_with_another_mix(mixed: calotype.Engine) -> None:

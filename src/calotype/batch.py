@@ -6,7 +6,7 @@ A picture depends on how many rows share a call with it (about 1e-6 in float32),
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -37,16 +37,8 @@ class Batch:
     Those of one size, number of text chunks and kind of controls share calls. For one thread.
     """
 
-    def __init__(
-        self,
-        take: Callable[[Request], Run],
-        merge: Callable[[Run, Mapping[str, float]], None],
-        restore: Callable[[], None],
-        stack: Stack,
-        most_rows: int,
-    ) -> None:
-        self._take, self._merge, self._restore = take, merge, restore
-        self._stack, self._most_rows = stack, most_rows
+    def __init__(self, take: Callable[[Request], Run], stack: Stack, most_rows: int) -> None:
+        self._take, self._stack, self._most_rows = take, stack, most_rows
         self._running: dict[int, Run] = {}
         self._added = 0
         self._cancelled: set[int] = set()
@@ -72,7 +64,7 @@ class Batch:
             while self._running:
                 yield from ((number, made) for number, made in self.round() if number not in self._cancelled)
         finally:
-            self._restore()
+            self._stack.restore()
 
     @torch.inference_mode()
     def round(self) -> list[tuple[int, Made]]:
@@ -85,7 +77,7 @@ class Batch:
         made: list[tuple[int, Made]] = []
         for number, run in drawing.items():
             with self._ended_by_errors(number, made):
-                self._merge(run, {} if apart else run.mix)
+                run.merge(self._stack, {} if apart else None)
                 if run.call is None:
                     with self._stack.live(run.mix, only=TEXT) if apart else nullcontext():
                         run.begin()
@@ -104,7 +96,7 @@ class Batch:
                     made.append((number, result))
                     del self._running[number]
         if not self._running:
-            self._restore()
+            self._stack.restore()
         return made
 
     @contextmanager
@@ -123,7 +115,7 @@ class Batch:
             if run.call is None:
                 continue
             # Motion modules mix all rows, so a LoRA on them has one scale in a call.
-            moving = tuple(sorted((name, scale) for name, scale in run.mix.items() if run.loras[name].moves))
+            moving = tuple(sorted((name, scale) for name, scale in run.mix.items() if run.loras[name].motion))
             alike.setdefault((run.call.layout, moving if apart else ()), []).append((number, run))
         for members in alike.values():
             piece: list[tuple[int, Run]] = []

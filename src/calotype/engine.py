@@ -52,7 +52,6 @@ class Engine:
         self._made = Description(model, parts.family, {part: file for part, file in files.items() if file is not None})
         self._offline = offline
         self._stack = Stack(parts)
-        self._mix: dict[str, float] = {}  # of requests that have none of their own; a request's may be merged just now
         self._words = Words(parts.text)
 
     def __call__(self, prompt: str | Request, **fields: Any) -> Result:
@@ -114,13 +113,13 @@ class Engine:
 
     def _stream(self, run: Run) -> Generator[Step, None, Result]:
         try:
-            self._merge(run, run.mix)
             with torch.inference_mode():
+                run.merge(self._stack)
                 run.begin()
             while run.call is not None:
                 clock = time.perf_counter()
                 with torch.inference_mode():
-                    self._merge(run, run.mix)
+                    run.merge(self._stack)
                     step = run.answer(run.call.answered_by(run.parts.unet))
                 run.seconds["denoise"] += time.perf_counter() - clock  # the caller's own time between steps is not ours
                 if step is not None:
@@ -130,13 +129,13 @@ class Engine:
                     pass
             return result
         finally:
-            self._merge_own()
+            self._stack.restore()
 
     def batch(self, *, rows: int = 32) -> Batch:
         """Where requests are drawn together. A call of the network has at most so many rows, one for each picture, or
         two where it is guided by real evaluations; or those of a single request.
         """
-        return Batch(self._take, self._merge, self._merge_own, self._stack, rows)
+        return Batch(self._take, self._stack, rows)
 
     def _take(self, request: Request) -> Run:
         """A run with the adapters of this moment. Raises UsageError."""
@@ -150,32 +149,16 @@ class Engine:
     def _mix_of(self, request: Request) -> dict[str, float]:
         """The LoRAs that a request is drawn with. Raises UsageError for a name that `add_lora` has not given."""
         if request.loras is None:
-            return dict(self._mix)
+            return self._stack.mix
         self._stack.check_known(request.loras)
         return dict(request.loras)
-
-    def _merge(self, run: Run, mix: Mapping[str, float]) -> None:
-        """Puts LoRAs into the weights for a run, where others are there. Raises UsageError if its own are gone."""
-        gone = [name for name, lora in run.loras.items() if self._stack.loras.get(name) is not lora]
-        if gone or self.parts.motion is not run.parts.motion:
-            raise UsageError(
-                f"{f'the LoRA {gone[0]!r}' if gone else 'the motion adapter'} was taken away while a request was drawn",
-                "let its stream end first",
-            )
-        if mix != self._stack.mix:
-            self._stack.set(mix)
-
-    def _merge_own(self) -> None:
-        """Puts the engine's own mix into the weights again."""
-        if self._mix != self._stack.mix:
-            self._stack.set(self._mix)
 
     # ---- adapters: whatever cannot be loaded leaves all as it was ----
 
     @property
     def loras(self) -> dict[str, float]:
         """The LoRAs of requests that have none of their own, {name: scale}: merged into the weights."""
-        return dict(self._mix)
+        return self._stack.mix
 
     def add_lora(
         self,
@@ -196,9 +179,7 @@ class Engine:
         name = adapter_name(ref) if name is None else name
         lora = load_lora(ref, self.parts, weight_name=weight_name, revision=revision, offline=self._offline)
         words = self._words.check(name, lora)
-        self._merge_own()
         self._stack.add(name, lora, scale)
-        self._mix = self._stack.mix
         self._words.learn(name, words)
         return name
 
@@ -208,15 +189,12 @@ class Engine:
         Raises UsageError for a name that `add_lora` has not given and a scale that is no number.
         """
         self._stack.set(mix)
-        self._mix = self._stack.mix
 
     def remove_lora(self, name: str) -> None:
         """Takes a LoRA out of the mix and forgets it, with the words in its file. Raises UsageError for a name that
         `add_lora` has not given.
         """
-        self._merge_own()
         self._stack.remove(name)
-        self._mix = self._stack.mix
         self._words.forget(name, self._stack.loras)
 
     @contextmanager
@@ -332,7 +310,6 @@ class Engine:
             message = f"the LoRA {name!r} goes with the motion adapter that it changes"
             warnings.warn(message, CalotypeWarning, stacklevel=3)
             self.remove_lora(name)
-        self._merge_own()
         others = {part: read for part, read in self.parts.stored.items() if part != "motion"}
         self.parts = replace(self.parts, motion=new, stored={**others, **stored})
         self._stack.exchange_motion(self.parts)
@@ -343,7 +320,7 @@ class Engine:
         Single files are named by their SHA-256 as well, which is found now: a second or a few for a gigabyte, and kept
         on this machine for the next time. LoRAs that are not in the mix have a scale of 0.
         """
-        return self._describe({**dict.fromkeys(self._stack.loras, 0.0), **self._mix}).to_json()
+        return self._describe({**dict.fromkeys(self._stack.loras, 0.0), **self._stack.mix}).to_json()
 
     def _describe(self, mix: Mapping[str, float]) -> Description:
         """What a picture with these LoRAs is made of."""

@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from calotype.description import Description
+from calotype.errors import UsageError
 from calotype.generate import Asking, Job
 from calotype.latents import decode
-from calotype.lora import LoRA
+from calotype.lora import LoRA, Stack
 from calotype.nn.call import Call
 from calotype.parts import Parts
 from calotype.prepare import prepare
@@ -42,6 +43,16 @@ class Run:
     _last: Step = field(init=False)
     _decoding: Iterator[Image.Image] = field(init=False)
     _images: list[Image.Image] = field(init=False, default_factory=list)
+
+    def merge(self, stack: Stack, mix: Mapping[str, float] | None = None) -> None:
+        """Lends the weights to its own mix, or to another. Raises UsageError where what it needs was taken away."""
+        gone = [name for name, lora in self.loras.items() if stack.loras.get(name) is not lora]
+        if gone or stack.motion is not self.parts.motion:
+            raise UsageError(
+                f"{f'the LoRA {gone[0]!r}' if gone else 'the motion adapter'} was taken away while a request was drawn",
+                "let its stream end first",
+            )
+        stack.lend(self.mix if mix is None else mix)
 
     def begin(self) -> None:
         """Encodes and draws; then there is a call."""

@@ -285,9 +285,9 @@ class LoRA:
     file: File | None = None  # where it was read
 
     @property
-    def moves(self) -> bool:
-        """Whether it changes motion modules."""
-        return any(MOTION in name for name in self.deltas.get("unet", {}))
+    def motion(self) -> dict[str, Delta]:
+        """What it changes of motion modules, by their parameters' names."""
+        return {name: delta for name, delta in self.deltas.get("unet", {}).items() if MOTION in name}
 
 
 def require(fits: bool) -> None:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from calotype.errors import CheckpointError, UsageError
-from calotype.lora.deltas import Delta, LoRA
+from calotype.lora.deltas import LoRA
 from calotype.lora.live import Scale, Term, hook, term
 from calotype.lora.names import MOTION, NETWORKS, networks, own_rows
 from calotype.nn import motion
 from calotype.nn.motion import MotionAdapter
-from calotype.parts import Parts
+from calotype.parts import Motion, Parts
 from calotype.weights.files import is_finite, shown
 
 Target = tuple[str, str]  # network, parameter
@@ -27,7 +27,7 @@ Mix = Mapping[str, float]
 
 
 class Stack:
-    """Adapters by name, and the mix {name: scale} of them that is merged into the weights.
+    """Adapters by name, and the mix {name: scale} of them that is merged into the weights; these can be lent another.
 
     A weight is always computed from its pristine value, which is read again from the model's files (`Parts.stored`): so
     nothing accumulates, and the empty mix restores every weight bit for bit. Weights are written in place: no parameter
@@ -38,6 +38,7 @@ class Stack:
         self._parts = parts
         self._loras: dict[str, LoRA] = {}
         self._mix: dict[str, float] = {}
+        self._merged: dict[str, float] = {}  # the same, unless another mix is lent the weights
         self._current: dict[Target, tuple[Tensor, list[Share]]] = {}  # each parameter that is not pristine
         self._stored: dict[str, Mapping[str, Tensor]] = {}  # pristine weights: views of the mapped files
         self._kept: dict[Target, Tensor] = {}  # pristine values of weights that came from no file
@@ -51,8 +52,18 @@ class Stack:
 
     @property
     def mix(self) -> dict[str, float]:
-        """What is merged now, {name: scale}."""
+        """What `set` was given, {name: scale}."""
         return dict(self._mix)
+
+    @property
+    def merged(self) -> dict[str, float]:
+        """What is in the weights now: the mix, or that which was lent them."""
+        return dict(self._merged)
+
+    @property
+    def motion(self) -> Motion | None:
+        """The motion adapter that is in the U-Net."""
+        return self._parts.motion
 
     def describe(self, mix: Mix) -> dict[str, dict[str, Any]]:
         """A mix, as what it takes to make it again; those that brought words are in it, if at a scale of 0."""
@@ -74,7 +85,7 @@ class Stack:
         return [
             name
             for name, lora in self._loras.items()
-            if not all(at in there and delta.fits(there[at]) for at, delta in _motion_of(lora).items())
+            if not all(at in there and delta.fits(there[at]) for at, delta in lora.motion.items())
         ]
 
     def exchange_motion(self, parts: Parts) -> None:
@@ -82,7 +93,7 @@ class Stack:
         and the same mix. `misfits` must be gone before.
         """
         mix = self._mix
-        self.set({name: scale for name, scale in mix.items() if not _motion_of(self._loras[name])})
+        self.set({name: scale for name, scale in mix.items() if not self._loras[name].motion})
         motion.detach(parts.unet)
         if parts.motion is not None:
             motion.attach(parts.unet, parts.motion.adapter)
@@ -120,6 +131,20 @@ class Stack:
         name, a scale that is no finite number and a mix that makes weights infinite, and CheckpointError where a weight
         is not (or no longer) what the model's files hold. Everything is as it was then.
         """
+        written = self._merge(mix)
+        self._mix = dict(mix)
+        return written
+
+    def lend(self, mix: Mix) -> None:
+        """Merges another mix for a while: until `restore`, or the next `set`. Raises what `set` raises."""
+        if mix != self._merged:
+            self._merge(mix)
+
+    def restore(self) -> None:
+        """Merges the mix again."""
+        self.lend(self._mix)
+
+    def _merge(self, mix: Mix) -> frozenset[Target]:
         self.check_known(mix)
         for name, scale in mix.items():
             if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
@@ -146,7 +171,7 @@ class Stack:
                 parameter = self._own(target, parameters[target])
                 self._write(target, parameter, self._pristine(target, parameter), before.get(target, []))
             raise
-        self._mix = dict(mix)
+        self._merged = dict(mix)
         self._current = {target: (parameters[target], shares) for target, shares in after.items()}
         self._kept = {target: value for target, value in self._kept.items() if target in after}
         for told in self.when_written if changed else ():
@@ -257,11 +282,6 @@ class Stack:
                 added = term(module, last, lora.deltas[network][parameter], pristine)
                 terms.setdefault((network, path), []).append((scale, added))
         return terms
-
-
-def _motion_of(lora: LoRA) -> dict[str, Delta]:
-    """What a LoRA changes of motion modules, by their parameters' names."""
-    return {name: delta for name, delta in lora.deltas.get("unet", {}).items() if MOTION in name}
 
 
 def _targets(lora: LoRA) -> Iterator[Target]:
