@@ -10,14 +10,17 @@ import json
 import math
 import os
 import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+from PIL.WebPImagePlugin import WebPImageFile
 
 from calotype import atomic
 from calotype.errors import CalotypeError, OutputError, UsageError, missing_package
@@ -32,6 +35,12 @@ MAX_METADATA = 1_000_000  # characters; a request has at most two prompts of 20,
 MAX_FILE_BYTES = 256_000_000  # the largest picture that a request may ask for has 50 MB of pixels
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow knows 43, and each is a parser that a stranger's file could reach
+PARSERS: dict[str, type[ImageFile]] = {
+    "PNG": PngImageFile,
+    "JPEG": JpegImageFile,
+    "WEBP": WebPImageFile,
+    "GIF": GifImageFile,  # of clips
+}
 MAX_PIXELS = 8192 * 8192  # 200 MB once decoded; a request may ask for a quarter of it
 RESIZES = ("stretch", "crop", "pad")
 
@@ -75,11 +84,19 @@ def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         raise damaged(shown, error, "decoded") from None
 
 
-def opened(source: str | Path | IO[bytes], formats: tuple[str, ...]) -> Image.Image:
-    """Pillow's `open`, without its warning of many pixels: whoever calls this has a limit of its own."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(source, formats=formats)
+def opened(source: str | Path | IO[bytes], formats: Sequence[str]) -> ImageFile:
+    """A picture of which only the header is read. Raises UnidentifiedImageError where it is of none of these formats.
+
+    `Image.open` would warn of many pixels, and what to do with a warning is decided for the whole process: whoever
+    calls this has a limit of its own.
+    """
+    for name in formats:
+        try:
+            return PARSERS[name](source)
+        except SyntaxError:  # their word for another format
+            if not isinstance(source, str | Path):
+                source.seek(0)
+    raise UnidentifiedImageError(f"not in {', '.join(formats)}")
 
 
 def _normal(image: Image.Image, shown: str) -> Image.Image:
