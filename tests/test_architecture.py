@@ -27,9 +27,10 @@ ROOMS: dict[str, str] = {
     "samplers": "",
     "schedule": "",
     "parameters": "atomic samplers",
-    "images": "parameters atomic",
+    "images": "",
+    "stills": "images parameters atomic",
     "masks": "images",
-    "video": "images",
+    "video": "images stills atomic",
     "request": "images samplers",
     "nn": "",
     "text.prompt": "",
@@ -44,7 +45,7 @@ ROOMS: dict[str, str] = {
     "resolve": "parts sampling samplers schedule request images masks",
     "prepare": "resolve generate parts sampling schedule request images masks latents nn",
     "lora": "nn weights parts families text.inversion text.encode",
-    "result": "request images video",
+    "result": "request stills video",
     "engine": "generate prepare resolve result parts weights lora request schedule samplers precision nn.motion"
     " text.inversion",
     "training": "generate prepare sampling schedule precision weights lora parts images latents nn text request"
