@@ -24,12 +24,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import calotype
-from calotype import video
+from calotype import stills, video
 from calotype.cli import COMMANDS, destination, main, parse, report
 from calotype.cli.generate import job_like, uncollected
 from calotype.errors import CalotypeWarning, CheckpointError, ModelNotFoundError, OutputError, UsageError
-from calotype.images import METADATA_KEY, read_metadata, save_png
 from calotype.request import Control, Request
+from calotype.stills import METADATA_KEY, read_metadata
 
 DEFAULTS = {"steps": 4, "guidance": 4.0, "seed": 7, "width": 16, "height": 16, "sampler": "lcm"}
 
@@ -54,7 +54,7 @@ class FakeResult:
 
     def save_one(self, index: int, path: Path) -> Path:
         if self.request.frames is None:
-            return save_png(self.images[index], path, self.metadata(index))
+            return stills.save(self.images[index], path, self.metadata(index))
         path.write_text(json.dumps(self.metadata(index)))  # stands for a clip
         return path
 
@@ -274,7 +274,7 @@ def test_like_takes_the_loras_from_the_model_that_it_loads(tmp_path: Path) -> No
     request = {"prompt": "a fox", "seed": 1, "loras": {"style": 0.5}}
     model = {"loras": {"style": {"ref": "style.safetensors", "scale": 0.5}}}
     metadata = {"calotype": calotype.__version__, "request": request, "index": 0, "model": model}
-    save_png(Image.new("RGB", (8, 8)), tmp_path / "fox.png", metadata)
+    stills.save(Image.new("RGB", (8, 8)), tmp_path / "fox.png", metadata)
     job = job_like(tmp_path / "fox.png", {}, {}, {})
     assert (job.request, job.adapters.loras) == (Request("a fox", seed=1), model["loras"])
 
@@ -286,7 +286,7 @@ def test_show_names_controls_and_their_models(tmp_path: Path, capsys: pytest.Cap
         "index": 0,
         "model": {"model": "M", "controls": {"canny": {"ref": "lllyasviel/sd-controlnet-canny", "variant": None}}},
     }
-    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", metadata)
+    stills.save(Image.new("RGB", (8, 8)), tmp_path / "a.png", metadata)
     assert main(["show", str(tmp_path / "a.png")]) == 0
     shown = capsys.readouterr().out
     assert "0.8" in shown
@@ -332,6 +332,34 @@ def test_a_picture_carries_all_that_repeats_it(loader: Loader, tmp_path: Path) -
         "model": loader.engines[-1].describe(),
     }
     assert metadata["request"]["steps"] == 4  # resolved: the default is written down
+
+
+@pytest.mark.parametrize("suffix", stills.SUFFIXES)
+def test_a_picture_of_each_format_is_shown_and_made_again(
+    suffix: str, loader: Loader, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["a fox", "--seed", "5", "-n", "2", "-o", f"fox{suffix}"]) == 0
+    assert capsys.readouterr().out == f"fox-1{suffix}\nfox-2{suffix}\n"
+    first = loader.request
+    with Image.open(tmp_path / f"fox-2{suffix}") as image:
+        assert image.format == stills.SUFFIXES[suffix]
+    assert main(["show", f"fox-2{suffix}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["request"] == first.to_json()
+    assert main(["--like", f"fox-2{suffix}", "-o", f"again{suffix}"]) == 0
+    assert loader.request == first
+    assert (tmp_path / f"again{suffix}").read_bytes() == (tmp_path / f"fox-2{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", stills.SUFFIXES)
+def test_a_picture_that_says_nothing(
+    suffix: str, loader: Loader, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / f"plain{suffix}")
+    for arguments in (["--like"], ["show"]):
+        assert main([*arguments, f"plain{suffix}"]) == 2
+        error = capsys.readouterr().err
+        assert re.match(rf"error: 'plain{suffix}' holds no calotype metadata\n\nhint: ", error)
+    assert loader.engines == []
 
 
 def test_json_is_one_object(loader: Loader, capsys: pytest.CaptureFixture[str]) -> None:
@@ -446,7 +474,7 @@ def test_like_without_metadata_or_with_damaged_is_refused(
 
 
 def test_like_from_another_version_warns(loader: Loader, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_png(
+    stills.save(
         Image.new("RGB", (8, 8)),
         tmp_path / "old.png",
         {"calotype": "0.0.1", "request": Request(prompt="a", seed=1).to_json(), "index": 0, "model": {}},
@@ -490,7 +518,8 @@ def test_show_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--timesteps", "9,x", "a"], r"--timesteps.*'9,x'"),
         (["--steps", "2"], r"no prompt"),
         (["--seed", "1" * 5000, "a"], r"--seed"),
-        (["-o", "fox.jpg", "a"], r"\.png.*'fox\.jpg'"),
+        (["-o", "fox.bmp", "a"], r"\.png or \.jpg or \.jpeg or \.webp, not 'fox\.bmp'"),
+        (["-o", "fox.gif", "a"], r"\.png or .*'fox\.gif'"),
         (["-o", "fox", "a"], r"\.png.*'fox'"),
         (["show"], r"FILE.*\n\nhint: calotype show --help"),
     ],

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ import torch
 from PIL import Image
 
 import calotype
-from calotype import latents
+from calotype import latents, video
 from calotype.errors import CalotypeError, UsageError
-from calotype.images import read_metadata
 from calotype.latents import decode
 from calotype.prepare import prepare
 from calotype.request import Request
 from calotype.resolve import resolve
+from calotype.stills import SUFFIXES, read_metadata
 from checkpoints import write_unet
 
 
@@ -178,6 +179,24 @@ def test_what_is_saved_repeats_the_picture(lcm: calotype.Engine, tmp_path: Path)
         with Image.open(path) as image:
             assert again.images[i].tobytes() == image.tobytes()
     assert lcm("a fox", steps=1).save(tmp_path / "one.png") == [tmp_path / "one.png"]
+
+
+def test_what_is_saved_is_what_is_encoded(lcm: calotype.Engine, tmp_path: Path) -> None:
+    result = lcm("a fox", steps=1, seed=1, n=2)
+    for suffix, kind in SUFFIXES.items():
+        for i, path in enumerate(result.save(tmp_path / f"fox{suffix}")):
+            assert path == tmp_path / f"fox-{i + 1}{suffix}"
+            assert path.read_bytes() == result.encode(i, kind)
+            assert read_metadata(path) == result.metadata(i)
+    with pytest.raises(UsageError, match="must be one of PNG, JPEG, WEBP"):
+        result.encode(0, "GIF")
+    clip = replace(result, request=replace(result.request, frames=2), images=result.images * 2)
+    for kind in ("GIF", "WEBP"):
+        (tmp_path / "clip").write_bytes(clip.encode(1, kind))
+        assert len(video.load_frames(tmp_path / "clip")) == 2
+        assert video.read_metadata(tmp_path / "clip") == clip.metadata(1)
+    with pytest.raises(UsageError, match="must be one of GIF, WEBP, MP4, for a clip"):
+        clip.encode(0, "PNG")
 
 
 # ---- what is refused, what is warned of ----

@@ -1,4 +1,4 @@
-"""The text that other programs read in a PNG."""
+"""The text that other programs read in a picture's file."""
 
 from __future__ import annotations
 

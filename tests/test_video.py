@@ -9,13 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 
 from calotype import video
 from calotype.errors import OutputError, UsageError
-from calotype.images import save_png
 from calotype.video import check, durations, load_frames, read_metadata, save
 
 METADATA = {"calotype": "0.1.0", "request": {"prompt": 'é "fox"\0\n', "frames": 6}, "long": "x" * 3000}
@@ -69,6 +69,26 @@ def test_every_frame_comes_back(tmp_path: Path, suffix: str) -> None:
     assert [frame.mode for frame in found] == ["RGB"] * 6
     assert max(off(a, b) for a, b in zip(found, clip(), strict=True)) < (0.01 if suffix == ".gif" else 4)
     assert read_metadata(path) == METADATA
+
+
+@pytest.mark.parametrize("suffix", WRITABLE)
+def test_a_clip_says_that_an_algorithm_made_it(tmp_path: Path, suffix: str) -> None:
+    """In XMP, where the format has its place for it; nothing, where it is not known."""
+    content = save(clip(), tmp_path / f"a{suffix}", 8, METADATA).read_bytes()
+    begin, end = content.index(b"<?xpacket begin"), content.index(b'<?xpacket end="w"?>') + 19
+    source = ElementTree.fromstring(content[begin:end]).find(".//{*}DigitalSourceType")
+    assert source is not None
+    assert source.text == "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+    if suffix == ".webp":
+        with Image.open(tmp_path / "a.webp") as image:
+            assert image.info["xmp"] == content[begin:end]
+    elif suffix == ".gif":
+        assert content[begin - 14 : begin] == b"\x21\xff\x0bXMP DataXMP"
+        assert content[end : end + 258] == b"\x01" + bytes(range(256))[::-1] + b"\0"
+    else:
+        assert content[begin - 24 : begin - 20] == (end - begin + 24).to_bytes(4)
+        assert (content[begin - 20 : begin - 16], end) == (b"uuid", len(content))
+    assert b"xpacket" not in save(clip(), tmp_path / f"b{suffix}", 8).read_bytes()
 
 
 @pytest.mark.parametrize("suffix", WRITABLE)
@@ -351,7 +371,7 @@ def test_damaged_files(tmp_path: Path, suffix: str) -> None:
 
 
 def test_only_clips_are_opened(tmp_path: Path) -> None:
-    save_png(gradient(8, 8), tmp_path / "a.png")
+    gradient(8, 8).save(tmp_path / "a.png")
     (tmp_path / "a.png").rename(tmp_path / "a.gif")
     (tmp_path / "text.webp").write_text("no picture")
     (tmp_path / "empty.mp4").write_bytes(b"")

@@ -13,7 +13,8 @@ from pathlib import Path
 from PIL import Image
 
 import calotype
-from calotype.images import grid, save_png
+from calotype.images import grid
+from calotype.stills import save
 
 HERE = Path(__file__).parent
 PROMPTS = (
@@ -136,7 +137,7 @@ def main() -> None:
     base = calotype.load(options.base)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.only or SHEETS:
-        save_png(SHEETS[name](student, base), options.out / f"{name}.png")
+        save(SHEETS[name](student, base), options.out / f"{name}.png")
         print(options.out / f"{name}.png", flush=True)
 
 

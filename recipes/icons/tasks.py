@@ -12,7 +12,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 import calotype
-from calotype.images import grid, save_png
+from calotype.images import grid
+from calotype.stills import save
 
 HERE = Path(__file__).parent
 ADAPTERS = HERE / "adapters"
@@ -159,7 +160,7 @@ def main() -> None:
         "together": together(base),
     }
     for name, sheet in sheets.items():
-        save_png(sheet, folder / f"{name}.png")
+        save(sheet, folder / f"{name}.png")
 
 
 if __name__ == "__main__":

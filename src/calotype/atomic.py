@@ -13,8 +13,15 @@ from calotype.errors import OutputError
 
 def write(path: Path, content: bytes) -> None:
     """A file of this content. Raises OutputError."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    if os.path.isdir(path):  # not Path.is_dir, which raises where a folder on the way may not be searched
+        raise OutputError(f"{str(path)!r} is a directory", f"name a file in it: {path / 'new'}{path.suffix}")
+    if not os.path.isdir(path.parent):
+        raise OutputError(f"there is no folder {str(path.parent)!r}", "make it first")
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
+    except ValueError as error:  # a zero byte in the name
+        raise OutputError(f"{str(path)!r} cannot be written: {error}") from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Pictures: from files that strangers made, to and from tensors, PNG files that carry their request, contact sheets.
+"""Pictures: from files that strangers made, to and from tensors, contact sheets.
 
 torch is imported only where a tensor is made, so that reading a file's metadata stays quick.
 """
@@ -6,32 +6,35 @@ torch is imported only where a tensor is made, so that reading a file's metadata
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import textwrap
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
-from calotype import atomic
-from calotype.errors import CalotypeError, OutputError, UsageError, missing_package
-from calotype.parameters import parameters
+from calotype.errors import CalotypeError, UsageError, missing_package
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-METADATA_KEY = "calotype"
-PARAMETERS_KEY = "parameters"  # where AUTOMATIC1111 and the tools that read its pictures look
-MAX_METADATA = 1_000_000  # characters; a request has at most two prompts of 20,000
 MAX_FILE_BYTES = 256_000_000  # the largest picture that a request may ask for has 50 MB of pixels
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow knows 43, and each is a parser that a stranger's file could reach
+PARSERS: dict[str, type[ImageFile]] = {
+    "PNG": PngImageFile,
+    "JPEG": JpegImageFile,
+    "WEBP": WebPImageFile,
+    "GIF": GifImageFile,  # of clips
+}
 MAX_PIXELS = 8192 * 8192  # 200 MB once decoded; a request may ask for a quarter of it
 RESIZES = ("stretch", "crop", "pad")
 
@@ -75,11 +78,19 @@ def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         raise damaged(shown, error, "decoded") from None
 
 
-def opened(source: str | Path | IO[bytes], formats: tuple[str, ...]) -> Image.Image:
-    """Pillow's `open`, without its warning of many pixels: whoever calls this has a limit of its own."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(source, formats=formats)
+def opened(source: str | Path | IO[bytes], formats: Sequence[str]) -> ImageFile:
+    """A picture of which only the header is read. Raises UnidentifiedImageError where it is of none of these formats.
+
+    `Image.open` would warn of many pixels, and what to do with a warning is decided for the whole process: whoever
+    calls this has a limit of its own.
+    """
+    for name in formats:
+        try:
+            return PARSERS[name](source)
+        except SyntaxError:  # their word for another format
+            if not isinstance(source, str | Path):
+                source.seek(0)
+    raise UnidentifiedImageError(f"not in {', '.join(formats)}")
 
 
 def _normal(image: Image.Image, shown: str) -> Image.Image:
@@ -229,86 +240,7 @@ def to_unit(image: Image.Image) -> Tensor:
     return pixels.permute(2, 0, 1)[None].float() / 255
 
 
-# ---- PNG ----
-
-
-def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
-    """Write a picture whole or not at all: a temporary file beside it, then a rename, which replaces an older file.
-
-    `metadata` is an object of JSON whose key "request" holds `Request.to_json()`; `read_metadata` gives it back. It is
-    written as compact JSON under "calotype", and for other tools as readable text under "parameters".
-    Raises UsageError for another suffix than .png, OutputError where the file cannot be written.
-    """
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"{str(path)!r} does not end in .png: pictures are written as PNG", "name it NAME.png")
-    return write_whole(path, _encoded(image, metadata))
-
-
-def write_whole(path: Path, content: bytes) -> Path:
-    """Writes a file whole or not at all. Raises OutputError where that cannot be done."""
-    if os.path.isdir(path):  # not Path.is_dir, which raises where a folder on the way may not be searched
-        raise OutputError(f"{str(path)!r} is a directory", f"name a file in it: {path / 'picture'}{path.suffix}")
-    if not os.path.isdir(path.parent):
-        raise OutputError(f"there is no folder {str(path.parent)!r}", "make it first")
-    try:
-        atomic.write(path, content)
-    except ValueError as error:  # a zero byte in the name
-        raise OutputError(f"{str(path)!r} cannot be written: {error}") from error
-    return path
-
-
-def _encoded(image: Image.Image, metadata: Mapping[str, Any] | None) -> bytes:
-    info = PngInfo()
-    if metadata is not None:
-        text = json.dumps(metadata, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        if len(text) > MAX_METADATA:
-            raise UsageError(f"the metadata has {len(text)} characters: must be at most {MAX_METADATA}")
-        info.add_itxt(METADATA_KEY, text)
-        info.add_itxt(PARAMETERS_KEY, parameters(metadata))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=info)
-    return buffer.getvalue()
-
-
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What `save_png` was given for this file. Raises UsageError for any other file; the pixels are not decoded."""
-    shown = repr(str(path))
-    texts = _texts(path)
-    text = texts.get(METADATA_KEY)
-    if not isinstance(text, str):
-        foreign = PARAMETERS_KEY in texts or "workflow" in texts
-        raise UsageError(
-            f"{shown} holds no calotype metadata",
-            "another program's settings are in it"
-            if foreign
-            else "only PNG files written by calotype hold their request; editors and websites often remove it",
-        )
-    return metadata_of(text, shown)
-
-
-def metadata_of(text: str, shown: str) -> dict[str, Any]:
-    """The metadata that a file held as JSON. Raises UsageError where somebody has broken it."""
-    try:
-        metadata = json.loads(text) if len(text) <= MAX_METADATA else None
-    except (ValueError, RecursionError):
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise UsageError(f"{shown}: its calotype metadata is damaged", "the file was changed after it was written")
-    return metadata
-
-
-def _texts(path: str | Path) -> dict[Any, Any]:
-    """What stands before a PNG file's pixels, within Pillow's limits on compressed text."""
-    shown = repr(str(path))
-    check_file(path)
-    try:
-        with opened(path, ("PNG",)) as image:
-            return image.info
-    except UnidentifiedImageError:
-        raise UsageError(f"{shown} is not a PNG file", "calotype writes its metadata into PNG files") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{shown} cannot be read as a PNG file: {getattr(error, 'strerror', None) or error}") from None
+# ---- files ----
 
 
 def check_file(path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""A request as AUTOMATIC1111's web UI writes it into a PNG, for the programs and sites that read that.
+"""A request as AUTOMATIC1111's web UI writes it into a picture's file, for the programs and sites that read that.
 
 What its names mean there is in its create_infotext (modules/processing.py) and its Lora extension: "Clip skip" counts
 from the last layer, so 1 is none; a LoRA stands in the prompt; the hash is of a single file; commas and colons part the

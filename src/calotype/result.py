@@ -9,8 +9,9 @@ from typing import Any
 
 from PIL import Image
 
+from calotype import stills
 from calotype.description import Description
-from calotype.images import grid, save_png
+from calotype.images import grid
 from calotype.latents import Vae, decode
 from calotype.request import Request
 from calotype.sampling import Update
@@ -68,8 +69,16 @@ class Result:
         request = self.request.to_json(pictures=False)
         return {"calotype": __version__, "request": request, "index": index, "model": self.model}
 
+    def encode(self, index: int, format: str) -> bytes:
+        """Picture `index` with its metadata as a file's content: "PNG", "JPEG", "WEBP"; a clip "GIF", "WEBP", "MP4"."""
+        if self.request.frames is None:
+            return stills.encode(self.images[index], format, self.metadata(index))
+        from calotype import video
+
+        return video.encode(self.clips[index], format, self.request.fps, self.metadata(index))
+
     def save(self, path: str | Path) -> list[Path]:
-        """Writes pictures as PNG, clips as GIF, WebP or MP4, with their metadata: to `path`, or name-1.png, ..."""
+        """Writes pictures as PNG, JPEG or WebP, clips as GIF, WebP or MP4: to `path`, or name-1.png, name-2.png, ..."""
         path, clips = Path(path), self.clips
         names = [path]
         if len(clips) > 1:
@@ -79,7 +88,7 @@ class Result:
     def save_one(self, index: int, path: Path) -> Path:
         """Writes picture or clip `index`."""
         if self.request.frames is None:
-            return save_png(self.images[index], path, self.metadata(index))
+            return stills.save(self.images[index], path, self.metadata(index))
         from calotype import video
 
         return video.save(self.clips[index], path, self.request.fps, self.metadata(index))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -19,27 +18,18 @@ from typing import IO, Any
 
 from PIL import Image, UnidentifiedImageError
 
+from calotype import atomic
 from calotype.errors import OutputError, UsageError, missing_package
-from calotype.images import (
-    MAX_METADATA,
-    MAX_PIXELS,
-    METADATA_KEY,
-    check_file,
-    damaged,
-    metadata_of,
-    on_white,
-    opened,
-    write_whole,
-)
+from calotype.images import MAX_PIXELS, check_file, damaged, on_white, opened
+from calotype.stills import MAX_METADATA, XMP, comment, exif, metadata_in
 
-SUFFIXES = (".gif", ".webp", ".mp4")
+SUFFIXES = {".gif": "GIF", ".webp": "WEBP", ".mp4": "MP4"}
 MAX_FPS = 60
 MAX_GIF_FPS = 50  # its clock ticks a hundred times a second, and browsers slow down frames of a single tick
 MAX_FRAMES = 512
 MAX_CLIP_PIXELS = 2**29  # of all frames that are read, 1.6 GB; 512 frames of 1024 x 1024
 PALETTE_SIDE = 128  # pixels of each frame's longer side that the palette is chosen from
 WEBP_QUALITY, MP4_CRF = 90, 18
-IMAGE_DESCRIPTION = 0x010E  # EXIF
 MAX_BOXES = 10_000  # looked at in one level of an MP4 file
 
 
@@ -48,22 +38,39 @@ def check(path: str | Path, fps: int) -> None:
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise UsageError(f"{str(path)!r} does not end in {', '.join(SUFFIXES)}: clips are written as these")
+    _check_format(SUFFIXES[suffix], fps)
+
+
+def _check_format(format: str, fps: int) -> None:
     if not 1 <= fps <= MAX_FPS:
         raise UsageError(f"fps is {fps}: must be 1 to {MAX_FPS}")
-    if suffix == ".gif" and fps > MAX_GIF_FPS:
+    if format == "GIF" and fps > MAX_GIF_FPS:
         raise UsageError(f"fps is {fps}: a GIF has at most {MAX_GIF_FPS}", "write .webp or .mp4")
-    if suffix == ".mp4" and find_spec("av") is None:
+    if format == "MP4" and find_spec("av") is None:
         raise _no_pyav("written")
 
 
 def save(frames: Sequence[Image.Image], path: str | Path, fps: int, metadata: Mapping[str, Any] | None = None) -> Path:
     """Write a clip whole or not at all, in the format of the path's suffix: .gif, .webp or .mp4. It repeats for ever.
 
-    Every frame is written, also where it is like the one before. `metadata` is what `images.save_png` takes and
-    `read_metadata` gives back. Raises UsageError, OutputError.
+    `metadata` is what `encode` takes and `read_metadata` gives back. Raises UsageError, OutputError.
     """
     check(path, fps)
     path = Path(path)
+    atomic.write(path, encode(frames, SUFFIXES[path.suffix.lower()], fps, metadata))
+    return path
+
+
+def encode(frames: Sequence[Image.Image], format: str, fps: int, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """The content of a file in `format`: "GIF", "WEBP" or "MP4". The clip repeats for ever.
+
+    Every frame is written, also where it is like the one before. `metadata` is what `stills.encode` takes. Raises
+    UsageError, OutputError.
+    """
+    encoders = {"GIF": _gif, "WEBP": _webp, "MP4": _mp4}
+    if format not in encoders:
+        raise UsageError(f"format is {format!r}: must be one of {', '.join(encoders)}, for a clip")
+    _check_format(format, fps)
     if not frames:
         raise UsageError("a clip of no frames: must be at least 1")
     if len({frame.size for frame in frames}) > 1:
@@ -71,9 +78,7 @@ def save(frames: Sequence[Image.Image], path: str | Path, fps: int, metadata: Ma
     plain = [on_white(frame) for frame in frames]
     for frame in plain:
         frame.info.clear()  # no colour profile or older metadata gets into the stills
-    text = None if metadata is None else _to_text(metadata)
-    encode = {".gif": _gif, ".webp": _webp, ".mp4": _mp4}[path.suffix.lower()]
-    return write_whole(path, encode(plain, fps, text))
+    return encoders[format](plain, fps, metadata)
 
 
 def is_clip(path: str | Path) -> bool:
@@ -118,28 +123,14 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """What `save` was given for this file. Raises UsageError for any other; the frames are not decoded."""
     shown = repr(str(path))
     try:
-        text = _mp4_comment(path) if _is_mp4(path) else _picture_comment(path)
+        held = {"comment": _mp4_comment(path)} if _is_mp4(path) else _picture_info(path)
     except UsageError:
         raise
     except UnidentifiedImageError:
         raise UsageError(f"{shown} is not a clip in GIF, WebP or MP4") from None
     except Exception as error:  # see load_frames
         raise damaged(shown, error, "read") from None
-    key, _, content = text.partition(" ")
-    if key != METADATA_KEY:
-        raise UsageError(
-            f"{shown} holds no calotype metadata",
-            "only files written by calotype hold their request; editors and websites often remove it",
-        )
-    return metadata_of(content, shown)
-
-
-def _to_text(metadata: Mapping[str, Any]) -> str:
-    """Metadata as the formats' comments can hold it: ASCII."""
-    text = json.dumps(metadata, separators=(",", ":"), allow_nan=False)
-    if len(text) > MAX_METADATA:
-        raise UsageError(f"the metadata has {len(text)} characters: must be at most {MAX_METADATA}")
-    return f"{METADATA_KEY} {text}"
+    return metadata_in(held, shown)
 
 
 def durations(count: int, fps: int, ticks: int) -> list[int]:
@@ -151,7 +142,7 @@ def durations(count: int, fps: int, ticks: int) -> list[int]:
 # ---- GIF (www.w3.org/Graphics/GIF/spec-gif89a.txt) ----
 
 
-def _gif(frames: Sequence[Image.Image], fps: int, text: str | None) -> bytes:
+def _gif(frames: Sequence[Image.Image], fps: int, metadata: Mapping[str, Any] | None) -> bytes:
     """One palette serves all frames, so that what does not move keeps its colours."""
     palette = _palette(frames)
     head, body = b"", b""
@@ -170,10 +161,12 @@ def _gif(frames: Sequence[Image.Image], fps: int, text: str | None) -> bytes:
         control = b"\x21\xf9\x04\x04" + ticks.to_bytes(2, "little") + b"\0\0"  # 4: leave the frame where it is
         body += control + content[begin:-1]
     blocks = b"\x21\xff\x0bNETSCAPE2.0\x03\x01\0\0\0"  # repeat for ever
-    if text is not None:
-        comment = text.encode("ascii")
-        pieces = [comment[i : i + 255] for i in range(0, len(comment), 255)]
+    if metadata is not None:
+        text = comment(metadata).encode("ascii")
+        pieces = [text[i : i + 255] for i in range(0, len(text), 255)]
         blocks += b"\x21\xfe" + b"".join(bytes([len(piece)]) + piece for piece in pieces) + b"\0"
+        # XMP specification, part 3, GIF: to other readers its bytes are lengths of blocks; the tail leads them out.
+        blocks += b"\x21\xff\x0bXMP DataXMP" + XMP.encode() + b"\x01" + bytes(range(255, -1, -1)) + b"\0"
     return b"GIF89a" + head[6:] + blocks + body + b";"
 
 
@@ -191,9 +184,9 @@ def _palette(frames: Sequence[Image.Image]) -> Image.Image:
 # ---- WebP (developers.google.com/speed/webp/docs/riff_container) ----
 
 
-def _webp(frames: Sequence[Image.Image], fps: int, text: str | None) -> bytes:
+def _webp(frames: Sequence[Image.Image], fps: int, metadata: Mapping[str, Any] | None) -> bytes:
     size = b"".join((side - 1).to_bytes(3, "little") for side in frames[0].size)
-    flags = 0x02 if text is None else 0x0A  # animation; EXIF
+    flags = 0x02 if metadata is None else 0x0E  # animation; EXIF and XMP
     chunks = [_chunk(b"VP8X", bytes([flags, 0, 0, 0]) + size), _chunk(b"ANIM", bytes(6))]  # 0 repeats: for ever
     for frame, ticks in zip(frames, durations(len(frames), fps, 1000), strict=True):
         file = io.BytesIO()
@@ -202,10 +195,8 @@ def _webp(frames: Sequence[Image.Image], fps: int, text: str | None) -> bytes:
         chunks.append(
             _chunk(b"ANMF", bytes(6) + size + ticks.to_bytes(3, "little") + b"\x02" + still)
         )  # 2: no blending
-    if text is not None:
-        exif = Image.Exif()
-        exif[IMAGE_DESCRIPTION] = text
-        chunks.append(_chunk(b"EXIF", exif.tobytes().removeprefix(b"Exif\0\0")))
+    if metadata is not None:
+        chunks += [_chunk(b"EXIF", exif(metadata)), _chunk(b"XMP ", XMP.encode())]
     return _chunk(b"RIFF", b"WEBP" + b"".join(chunks))
 
 
@@ -227,11 +218,10 @@ def _picture_frames(path: str | Path) -> Iterator[Image.Image]:
             yield image
 
 
-def _picture_comment(path: str | Path) -> str:
+def _picture_info(path: str | Path) -> Mapping[Any, Any]:
     check_file(path)
     with opened(path, ("GIF", "WEBP")) as image:
-        comment = image.info.get("comment", b"") if image.format == "GIF" else image.getexif().get(IMAGE_DESCRIPTION)
-    return comment.decode("ascii", "replace") if isinstance(comment, bytes) else str(comment or "")
+        return image.info
 
 
 # ---- MP4 ----
@@ -249,13 +239,13 @@ def _no_pyav(what: str) -> UsageError:
     return UsageError(f"MP4 files cannot be {what}: PyAV is not installed", hint)
 
 
-def _mp4(frames: Sequence[Image.Image], fps: int, text: str | None) -> bytes:
+def _mp4(frames: Sequence[Image.Image], fps: int, metadata: Mapping[str, Any] | None) -> bytes:
     av = _pyav("written")
+    tags = {} if metadata is None else {"comment": comment(metadata)}
     file = io.BytesIO()
     try:
         with av.open(file, "w", format="mp4") as container:
-            if text is not None:
-                container.metadata["comment"] = text
+            container.metadata.update(tags)
             stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(MP4_CRF)})
             stream.pix_fmt = "yuv420p"  # what every player knows; it halves the colours' resolution
             stream.width, stream.height = _even(frames[0]).size
@@ -264,7 +254,14 @@ def _mp4(frames: Sequence[Image.Image], fps: int, text: str | None) -> bytes:
             container.mux(stream.encode())
     except Exception as error:  # FFmpeg's errors have no base of their own in all versions
         raise OutputError(f"the clip cannot be encoded as MP4: {error}", "write .webp") from error
-    return file.getvalue()
+    content = file.getvalue()
+    return content if metadata is None else content + _xmp_box()
+
+
+def _xmp_box() -> bytes:
+    """XMP at the end of an MP4 file (XMP specification, part 3, MPEG-4)."""
+    content = bytes.fromhex("be7acfcb97a942e89c71999491e3afac") + XMP.encode()
+    return (len(content) + 8).to_bytes(4) + b"uuid" + content
 
 
 def _even(frame: Image.Image) -> Image.Image:
@@ -296,7 +293,7 @@ def _mp4_frames(path: str | Path) -> Iterator[Image.Image]:
             yield frame.to_image().rotate(frame.rotation, expand=True)  # as its camera was held
 
 
-def _mp4_comment(path: str | Path) -> str:
+def _mp4_comment(path: str | Path) -> bytes:
     """The comment among a file's tags (ISO 14496-12, and Apple's list of tags), without FFmpeg."""
     with open(path, "rb") as file:
         begin, end = 0, os.path.getsize(path)
@@ -304,10 +301,10 @@ def _mp4_comment(path: str | Path) -> str:
         for kind, skip in ((b"moov", 0), (b"udta", 0), (b"meta", 4), (b"ilst", 0), (b"\xa9cmt", 0), (b"data", 8)):
             inner = next((inner for name, *inner in _boxes(file, begin, end) if name == kind), None)
             if inner is None:
-                return ""
+                return b""
             begin, end = inner[0] + skip, inner[1]
         file.seek(begin)
-        return file.read(max(0, min(end - begin, 2 * MAX_METADATA))).decode("utf-8", "replace")
+        return file.read(max(0, min(end - begin, 2 * MAX_METADATA)))
 
 
 def _boxes(file: IO[bytes], begin: int, end: int) -> Iterator[tuple[bytes, int, int]]:

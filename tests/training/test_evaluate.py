@@ -533,7 +533,7 @@ def test_a_training_file_that_says_nothing_is_named(
         (["--samples", "2"], 2, "samples"),
         (["--prompts", "nowhere.txt"], 2, "cannot read the prompts 'nowhere.txt'"),
         (["--teacher", "no-such-folder"], 3, "no-such-folder"),
-        (["-o", "grid.jpg"], 2, ".png"),
+        (["-o", "grid.bmp"], 2, ".png"),
     ],
 )
 def test_bad_options_are_told_in_a_line(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from calotype.errors import OutputError, UsageError
 
-CLIPS = (".gif", ".webp", ".mp4")
 SLUG_LENGTH = 48  # characters; at four bytes each, with a seed, still a legal file name (255 bytes)
 
 
@@ -19,7 +18,11 @@ def check(output: Path | None, count: int, clip: bool = False) -> None:
         return
     if output.is_dir():
         raise OutputError(f"{str(output)!r} is a folder", hint=f"name a file in it: -o {output / 'picture.png'}")
-    allowed = CLIPS if clip else (".png",)
+    if clip:
+        from calotype.video import SUFFIXES
+    else:
+        from calotype.stills import SUFFIXES
+    allowed = list(SUFFIXES)
     if output.suffix.lower() not in allowed:
         message = f"the output must end in {' or '.join(allowed)}, not {output.name!r}"
         raise UsageError(message, hint=f"for example -o picture{allowed[0]}")

@@ -84,7 +84,8 @@ def plus_minus(estimate: Estimate, factor: int, digits: int) -> str:
 
 def draw_grid(table: Table, prompts: Sequence[str], output: Path) -> None:
     """A row for each prompt; a column for each of the model's sets, and then the teacher's that they are aimed at."""
-    from calotype.images import grid, save_png, to_pil
+    from calotype.images import grid, to_pil
+    from calotype.stills import save
 
     names = []
     for target in table.targets:
@@ -93,4 +94,4 @@ def draw_grid(table: Table, prompts: Sequence[str], output: Path) -> None:
     columns = [to_pil(table.examples[name].float() / 127.5 - 1) for name in names]
     cells = [picture for row in zip(*columns, strict=True) for picture in row]
     titles = [name.removeprefix("student, ") for name in names]
-    save_png(grid(cells, len(names), column_titles=titles, row_titles=prompts[: len(columns[0])]), output)
+    save(grid(cells, len(names), column_titles=titles, row_titles=prompts[: len(columns[0])]), output)

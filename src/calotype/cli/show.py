@@ -33,9 +33,9 @@ def recorded(path: Path) -> dict[str, Any]:
 
     Raises UsageError for any other picture, and for metadata that somebody has broken.
     """
-    from calotype import images, video
+    from calotype import stills, video
 
-    read = video.read_metadata if path.is_file() and video.is_clip(path) else images.read_metadata
+    read = video.read_metadata if path.is_file() and video.is_clip(path) else stills.read_metadata
     metadata = read(path)
     if not _is_sound(metadata.get("request"), metadata.get("index"), metadata.get("model")):
         raise UsageError(f"the calotype metadata of {str(path)!r} is damaged")
