@@ -11,6 +11,7 @@ import torch
 from reference import NETWORK, SHIPPED, Agreement, Pair
 from torch import Tensor, nn
 
+from calotype.nn.blocks import ResnetBlock
 from calotype.nn.unet import Conditioning
 
 MODELS = [SHIPPED, *topologies.REDUCED]
@@ -101,3 +102,32 @@ def test_encode(pair: Pair, agree: Agreement, size: tuple[int, int]) -> None:
     assert logvar is not None
     agree.tensors(pair.name, "encode", mean, found.mean, NETWORK)
     agree.tensors(pair.name, "encode", (logvar / 2).exp(), found.std, NETWORK)
+
+
+@torch.inference_mode()
+def test_what_can_be_computed_once_is_the_same(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text's keys and values, the embedding of the timesteps and each block's projection of it, bit for bit."""
+    unet = pair.engine.parts.unet
+    config, size = unet.config, (3, unet.config.in_channels, 16, 12)
+    x, t, context = normal(*size), torch.tensor([999, 500, 0]), normal(3, 77, config.context_dim, seed=1)
+    pooled = time_ids = w = None
+    if config.addition_in_dim is not None and config.addition_time_dim is not None:
+        pooled = normal(3, config.addition_in_dim - 6 * config.addition_time_dim, seed=2)
+        time_ids = torch.tensor([128.0, 96.0, 0.0, 0.0, 128.0, 96.0]).expand(3, 6)
+    if config.guidance_dim is not None:
+        w = torch.tensor([3.0, 7.0, 0.0])
+    conditioning = Conditioning(context, pooled, time_ids, w)
+    wanted = unet(x, t, conditioning)
+
+    temb = unet.embed(t, conditioning, x.dtype)
+    shifts = {name: block.shift(temb) for name, block in unet.named_modules() if isinstance(block, ResnetBlock)}
+    texts = {name: block.keys_values(context) for name, block in unet.named_modules() if name.endswith("attn2")}
+    assert len(shifts) > 4
+    assert len(texts) > 1
+    for name, block in unet.named_modules():
+        if name in shifts:
+            monkeypatch.setattr(block, "shift", lambda _, shift=shifts[name]: shift)
+            monkeypatch.setattr(block, "time_emb_proj", None)
+        if name in texts:
+            monkeypatch.setattr(block, "keys_values", lambda _, known=texts[name]: known)
+    assert torch.equal(unet.run(x, temb, torch.full_like(context, torch.nan)), wanted)

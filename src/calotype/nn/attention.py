@@ -22,12 +22,20 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list because checkpoints say `to_out.0`
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, C) -> (B, heads, N, C / heads)
-        k = self.to_k(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        v = self.to_v(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.to_out[0](out)  # type: ignore[no-any-return]
+        return self.attend(x, *self.keys_values(x if context is None else context))
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, heads, L, C / heads): a text's are the same in every step."""
+        return self._heads(self.to_k(context)), self._heads(self.to_v(context))
+
+    def attend(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The output (B, N, C) for the queries of x."""
+        out = F.scaled_dot_product_attention(self._heads(self.to_q(x)), keys, values)
+        x = self.to_out[0](out.transpose(1, 2).flatten(2))
+        return x
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:-1], self.heads, -1).transpose(1, 2)  # (B, N, C) -> (B, heads, N, C / heads)
 
 
 class GEGLU(nn.Module):
@@ -71,7 +79,8 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))  # type: ignore[no-any-return]
+        out: Tensor = x + self.ff(self.norm3(x))
+        return out
 
 
 class Transformer2D(nn.Module):

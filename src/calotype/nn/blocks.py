@@ -41,7 +41,8 @@ class TimestepEmbedding(nn.Module):
     def forward(self, x: Tensor, guidance: Tensor | None = None) -> Tensor:
         if self.cond_proj is not None and guidance is not None:
             x = x + self.cond_proj(guidance)
-        return self.linear_2(F.silu(self.linear_1(x)))  # type: ignore[no-any-return]
+        out: Tensor = self.linear_2(F.silu(self.linear_1(x)))
+        return out
 
 
 class ResnetBlock(nn.Module):
@@ -60,12 +61,22 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        return self.shifted(x, None if temb is None else self.shift(temb))
+
+    def shift(self, temb: Tensor) -> Tensor:
+        """What the time embedding adds to every pixel, (B, C): the same for every picture of a schedule."""
+        assert self.time_emb_proj is not None
+        shift: Tensor = self.time_emb_proj(F.silu(temb))
+        return shift
+
+    def shifted(self, x: Tensor, shift: Tensor | None) -> Tensor:
+        """The output for a time embedding that is projected already."""
         residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
         x = self.conv1(F.silu(self.norm1(x)))
-        if self.time_emb_proj is not None:
-            assert temb is not None
-            x = x + self.time_emb_proj(F.silu(temb))[:, :, None, None]
-        return self.conv2(F.silu(self.norm2(x))) + residual  # type: ignore[no-any-return]
+        if shift is not None:
+            x = x + shift[:, :, None, None]
+        x = self.conv2(F.silu(self.norm2(x))) + residual
+        return x
 
 
 class Downsample(nn.Module):
@@ -82,7 +93,8 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.asymmetric:
             x = F.pad(x, (0, 1, 0, 1))
-        return self.conv(x)  # type: ignore[no-any-return]
+        out: Tensor = self.conv(x)
+        return out
 
 
 class Upsample(nn.Module):
@@ -98,4 +110,5 @@ class Upsample(nn.Module):
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         else:
             x = F.interpolate(x, size=size, mode="nearest")
-        return self.conv(x)  # type: ignore[no-any-return]
+        out: Tensor = self.conv(x)
+        return out

@@ -73,7 +73,8 @@ class SelfAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        x = self.out_proj(out.transpose(1, 2).flatten(2))
+        return x
 
 
 class MLP(nn.Module):
@@ -87,10 +88,11 @@ class MLP(nn.Module):
         x = self.fc1(x)
         # quick_gelu: the sigmoid approximation of GELU that OpenAI's CLIP was trained with
         x = x * torch.sigmoid(1.702 * x) if self.quick else F.gelu(x)
-        return self.fc2(x)  # type: ignore[no-any-return]
+        out: Tensor = self.fc2(x)
+        return out
 
 
-class EncoderLayer(nn.Module):
+class CLIPLayer(nn.Module):
     def __init__(self, config: TowerConfig, *, causal: bool) -> None:
         super().__init__()
         self.self_attn = SelfAttention(config.width, config.heads, causal=causal)
@@ -100,7 +102,8 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))  # type: ignore[no-any-return]
+        out: Tensor = x + self.mlp(self.layer_norm2(x))
+        return out
 
 
 class Embeddings(nn.Module):
@@ -111,13 +114,14 @@ class Embeddings(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device)
-        return self.token_embedding(ids) + self.position_embedding(positions)  # type: ignore[no-any-return]
+        out: Tensor = self.token_embedding(ids) + self.position_embedding(positions)
+        return out
 
 
-class Encoder(nn.Module):
+class CLIPEncoder(nn.Module):
     def __init__(self, config: TowerConfig, *, causal: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config, causal=causal) for _ in range(config.layers))
+        self.layers = nn.ModuleList(CLIPLayer(config, causal=causal) for _ in range(config.layers))
 
 
 class TextTransformer(nn.Module):
@@ -126,7 +130,7 @@ class TextTransformer(nn.Module):
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config, causal=True)
+        self.encoder = CLIPEncoder(config, causal=True)
         self.final_layer_norm = nn.LayerNorm(config.width, eps=config.eps)
 
 
@@ -143,7 +147,8 @@ class CLIPText(nn.Module):
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The final layer norm, for features taken from an earlier layer (CLIP skip)."""
-        return self.text_model.final_layer_norm(hidden)  # type: ignore[no-any-return]
+        out: Tensor = self.text_model.final_layer_norm(hidden)
+        return out
 
     def forward(self, ids: Tensor) -> CLIPOutput:
         """Features of token ids (B, L), L at most `config.positions`, start, end and padding tokens included."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from calotype.nn.clip import CLIPText, CLIPTextConfig, Encoder
+from calotype.nn.clip import CLIPEncoder, CLIPText, CLIPTextConfig
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.embeddings = PatchEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.width, eps=config.eps)  # so misspelt in every checkpoint
-        self.encoder = Encoder(config, causal=False)
+        self.encoder = CLIPEncoder(config, causal=False)
         self.post_layernorm = nn.LayerNorm(config.width, eps=config.eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -63,7 +63,8 @@ class VisionTransformer(nn.Module):
         x = self.pre_layrnorm(self.embeddings(pixels))
         for layer in self.encoder.layers:
             x = layer(x)
-        return self.post_layernorm(x[:, 0])  # type: ignore[no-any-return]
+        out: Tensor = self.post_layernorm(x[:, 0])
+        return out
 
 
 class CLIP(CLIPText):
@@ -79,8 +80,10 @@ class CLIP(CLIPText):
 
     def embed_texts(self, ids: Tensor) -> Tensor:
         """Embeddings (B, P) of token ids (B, L)."""
-        return self(ids).pooled  # type: ignore[no-any-return]
+        out: Tensor = self(ids).pooled
+        return out
 
     def embed_pictures(self, pixels: Tensor) -> Tensor:
         """Embeddings (B, P) of pictures (B, 3, size, size), scaled to CLIP's mean and deviation."""
-        return self.visual_projection(self.vision_model(pixels))  # type: ignore[no-any-return]
+        out: Tensor = self.visual_projection(self.vision_model(pixels))
+        return out

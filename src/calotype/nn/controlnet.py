@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calotype.nn.unet import Conditioning, Encoder, Residuals, UNetConfig, skip_channels
+from calotype.nn.unet import Conditioning, Residuals, UNetConfig, UNetEncoder, skip_channels
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,11 @@ class HintEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for conv in (self.conv_in, *self.blocks):
             x = F.silu(conv(x))
-        return self.conv_out(x)  # type: ignore[no-any-return]
+        out: Tensor = self.conv_out(x)
+        return out
 
 
-class ControlNet(Encoder):
+class ControlNet(UNetEncoder):
     """Evaluated beside the U-Net in every step; the picture is embedded once, by `embed_hint`."""
 
     config: ControlNetConfig

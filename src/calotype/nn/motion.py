@@ -71,7 +71,8 @@ class TemporalBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn1(self.pos_embed(self.norm1(x)))
         x = x + self.attn2(self.pos_embed(self.norm2(x)))
-        return x + self.ff(self.norm3(x))  # type: ignore[no-any-return]
+        out: Tensor = x + self.ff(self.norm3(x))
+        return out
 
 
 class MotionModule(nn.Module):
@@ -99,7 +100,8 @@ class MotionModule(nn.Module):
         x = self.proj_in(x)
         for block in self.transformer_blocks:
             x = block(x)
-        return self.proj_out(x)  # type: ignore[no-any-return]
+        out: Tensor = self.proj_out(x)
+        return out
 
 
 class MotionModules(nn.Module):

@@ -54,7 +54,8 @@ class Residual(nn.Module):
         self.block2 = nn.Conv2d(channels, channels, second_kernel, padding=second_kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block2(F.relu(self.block1(x))) + x  # type: ignore[no-any-return]
+        out: Tensor = self.block2(F.relu(self.block1(x))) + x
+        return out
 
 
 class Level(nn.Module):

@@ -206,7 +206,7 @@ def skip_channels(config: UNetConfig) -> list[int]:
     return found
 
 
-class Encoder(nn.Module):
+class UNetEncoder(nn.Module):
     """The half of a U-Net that a ControlNet copies: embeddings, the way down and the middle."""
 
     def __init__(self, config: UNetConfig) -> None:
@@ -273,7 +273,7 @@ class Encoder(nn.Module):
         return x, skips
 
 
-class UNet(Encoder):
+class UNet(UNetEncoder):
     """Predicts noise, velocity or the clean latent (whichever the checkpoint was trained for) from noisy latents.
 
     Ronneberger et al. 2015 (arXiv 1505.04597) with the transformers of Rombach et al. 2022 (arXiv 2112.10752, 3.3)
@@ -309,8 +309,12 @@ class UNet(Encoder):
 
         `frames` rows of the batch after another are one clip, for the motion modules; None: pictures, without motion.
         """
-        context = conditioning.context
-        temb = self.embed(t, conditioning, x.dtype)
+        return self.run(x, self.embed(t, conditioning, x.dtype), conditioning.context, residuals, frames)
+
+    def run(
+        self, x: Tensor, temb: Tensor, context: Tensor, residuals: Residuals | None = None, frames: int | None = None
+    ) -> Tensor:
+        """The same, given what `embed` makes of timesteps and all else that is not a sequence."""
         residuals = residuals or Residuals()
         x, skips = self.encode(self.conv_in(x), temb, context, residuals.level, frames)
         if residuals.down:
@@ -324,4 +328,5 @@ class UNet(Encoder):
                 x = block.layer(i, torch.cat([x, skips.pop()], dim=1), temb, context, frames)
             if block.upsamplers is not None:
                 x = block.upsamplers[0](x, skips[-1].shape[-2:])
-        return self.conv_out(F.silu(self.conv_norm_out(x)))  # type: ignore[no-any-return]
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return x

@@ -82,10 +82,11 @@ class Middle(nn.Module):
         x = self.resnets[0](x)
         if self.attentions is not None:
             x = self.attentions[0](x)
-        return self.resnets[1](x)  # type: ignore[no-any-return]
+        out: Tensor = self.resnets[1](x)
+        return out
 
 
-class Encoder(nn.Module):
+class VAEEncoder(nn.Module):
     """Pictures (B, 3, H, W) to the mean and log-variance of latents (B, 2 * latent_channels, h, w)."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -104,10 +105,11 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))  # type: ignore[no-any-return]
+        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return out
 
 
-class Decoder(nn.Module):
+class VAEDecoder(nn.Module):
     """Latents (B, latent_channels, h, w) to pictures (B, 3, H, W)."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -126,7 +128,8 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x))
         for level in self.up_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))  # type: ignore[no-any-return]
+        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return out
 
 
 class AutoencoderKL(nn.Module):
@@ -136,10 +139,10 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         self.config = config
         latent = config.latent_channels
-        self.encoder = Encoder(config)
+        self.encoder = VAEEncoder(config)
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if config.quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent, latent, 1) if config.post_quant_conv else None
-        self.decoder = Decoder(config)
+        self.decoder = VAEDecoder(config)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance (B, latent_channels, h, w) of the latents of images (B, 3, H, W) in [-1, 1]."""
@@ -153,4 +156,5 @@ class AutoencoderKL(nn.Module):
         """Images (B, 3, H, W), roughly in [-1, 1], from unscaled latents (B, latent_channels, h, w)."""
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
-        return self.decoder(latents)  # type: ignore[no-any-return]
+        out: Tensor = self.decoder(latents)
+        return out

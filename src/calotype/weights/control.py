@@ -243,7 +243,7 @@ def _t2i_fault(config: T2IAdapterConfig, unet: UNetConfig, downscale: int) -> st
     """How a T2I-Adapter's maps differ from those that the U-Net adds them to."""
     ours, levels = [], len(unet.channels)
     for level, depths in enumerate(unet.down_depths):
-        # A level without attention takes it behind its downsampling: see Encoder.encode.
+        # A level without attention takes it behind its downsampling: see UNetEncoder.encode.
         smaller = level + 1 < levels and all(depth is None for depth in depths)
         ours.append((unet.channels[level], downscale << (level + smaller)))
     if unet.has_mid:
