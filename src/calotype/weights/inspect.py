@@ -30,11 +30,11 @@ BUILDERS: dict[Kind, Callable[[dict[str, Any], str], UNet | CLIPText | load.Vae]
     "vae": load.vae_of,
     "text_encoder": load.text_encoder_of,
 }
-Report = dict[str, Any]
-Network = UNet | CLIPText | load.Vae
+Facts = dict[str, Any]
+Part = UNet | CLIPText | load.Vae
 
 
-def inspect_model(ref: str | Path | None, *, revision: str | None = None, offline: bool = False) -> Report:
+def inspect_model(ref: str | Path | None, *, revision: str | None = None, offline: bool = False) -> Facts:
     """A report, ready for JSON, on a model folder, one part of it, or one .safetensors file.
 
     Always: "source", "looks_like" and "problems", one line each. A whole model also has "family", "pipeline", "parts",
@@ -57,11 +57,11 @@ def inspect_model(ref: str | Path | None, *, revision: str | None = None, offlin
     return report
 
 
-def _inspect_file(path: Path) -> Report:
+def _inspect_file(path: Path) -> Facts:
     if path.name.endswith(PICKLES):
         raise unsafe(path)
     problems: list[str] = []
-    part: Report = {}
+    part: Facts = {}
     likeness = "nothing known"
     shapes: dict[str, tuple[int, ...]] = {}
     with _noting(problems):
@@ -70,13 +70,13 @@ def _inspect_file(path: Path) -> Report:
         part = {"kind": kind_of(shapes), **_sizes([path], infos)}
         likeness = looks_like(shapes)
         _find_not_finite([path], problems)
-    report: Report = {"source": str(path), "looks_like": likeness, "parts": {path.name: part}, "problems": problems}
+    report: Facts = {"source": str(path), "looks_like": likeness, "parts": {path.name: part}, "problems": problems}
     if ignored := [name for name in shapes if is_unused(name)]:
         report["ignored"] = sorted(ignored)
     return report | _inspect_model_file(path, problems) if len(sections(shapes)) > 1 else report
 
 
-def _inspect_model_file(path: Path, problems: list[str]) -> Report:
+def _inspect_model_file(path: Path, problems: list[str]) -> Facts:
     """What a whole model in one file has more to tell."""
     single: SingleFile | None = None
     with _noting(problems):
@@ -86,8 +86,8 @@ def _inspect_model_file(path: Path, problems: list[str]) -> Report:
     pipeline: Pipeline | None = None
     with _noting(problems):
         pipeline = single.pipeline()
-    parts: dict[str, Report] = {}
-    networks: dict[str, Network] = {}
+    parts: dict[str, Facts] = {}
+    networks: dict[str, Part] = {}
     for part in single.sections:
         infos = single.section(part)
         size = sum(info.bytes for info in infos.values())
@@ -99,7 +99,7 @@ def _inspect_model_file(path: Path, problems: list[str]) -> Report:
     return report if pipeline is None else {"pipeline": pipeline.kind, **report}
 
 
-def _inspect_part(folder: Path) -> Report:
+def _inspect_part(folder: Path) -> Facts:
     problems: list[str] = []
     kind: Kind | None = None
     likeness = "nothing known"
@@ -112,9 +112,9 @@ def _inspect_part(folder: Path) -> Report:
     return report | {"problems": problems} | _unet_facts(network)
 
 
-def _inspect_pipeline(root: Path) -> Report:
+def _inspect_pipeline(root: Path) -> Facts:
     problems: list[str] = []
-    report: Report = {"source": str(root), "looks_like": "nothing known", "problems": problems}
+    report: Facts = {"source": str(root), "looks_like": "nothing known", "problems": problems}
     pipeline: Pipeline | None = None
     with _noting(problems):
         pipeline = read_pipeline(root)
@@ -123,8 +123,8 @@ def _inspect_pipeline(root: Path) -> Report:
     report["pipeline"] = pipeline.kind
     if pipeline.unused:
         report["not_used"] = [f"{part} ({remark})" for part, remark in pipeline.unused.items()]
-    parts: dict[str, Report] = {}
-    networks: dict[str, Network] = {}
+    parts: dict[str, Facts] = {}
+    networks: dict[str, Part] = {}
     for name, class_name in pipeline.classes.items():
         parts[name] = {"class": class_name}
         if name.startswith("tokenizer"):
@@ -141,11 +141,9 @@ def _inspect_pipeline(root: Path) -> Report:
     return report | _model_facts(Folder(root), pipeline, networks, problems)
 
 
-def _model_facts(
-    model: Model, pipeline: Pipeline | None, networks: Mapping[str, Network], problems: list[str]
-) -> Report:
+def _model_facts(model: Model, pipeline: Pipeline | None, networks: Mapping[str, Part], problems: list[str]) -> Facts:
     """What a whole model's configs say, and whether its networks fit each other."""
-    report: Report = {}
+    report: Facts = {}
     schedule: NoiseSchedule | None = None
     with _noting(problems):
         schedule = NoiseSchedule.from_config(model.json(SCHEDULER))
@@ -173,7 +171,7 @@ def _model_facts(
     return report
 
 
-def _unet_facts(unet: object) -> Report:
+def _unet_facts(unet: object) -> Facts:
     """What a U-Net's config says of the whole model."""
     if not isinstance(unet, UNet):
         return {}
@@ -188,13 +186,13 @@ def _unet_facts(unet: object) -> Report:
 
 def _part_report(
     kind: Kind, folder: Path, problems: list[str], class_name: str | None = None
-) -> tuple[Report, Network | None]:
+) -> tuple[Facts, Part | None]:
     """Facts on one part, and the network without weights that its config describes; faults go to `problems`.
 
     `class_name` is what model_index.json calls it.
     """
-    report: Report = {}
-    network: Network | None = None
+    report: Facts = {}
+    network: Part | None = None
     with _noting(problems):
         path = folder / "config.json"
         network = BUILDERS[kind](with_class(read_json(path), class_name), str(path))
@@ -212,7 +210,7 @@ def _part_report(
     return report, network
 
 
-def _sizes(files: list[Path], infos: Mapping[str, TensorInfo]) -> Report:
+def _sizes(files: list[Path], infos: Mapping[str, TensorInfo]) -> Facts:
     dtypes = sorted({info.dtype for info in infos.values() if info.count > 0})
     return {
         "files": {path.name: path.stat().st_size for path in files},

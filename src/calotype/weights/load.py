@@ -40,7 +40,7 @@ from calotype.weights.texts import family_texts
 
 CPU = torch.device("cpu")
 Vae = AutoencoderKL | AutoencoderTiny
-Network = TypeVar("Network", bound=nn.Module)
+Part = TypeVar("Part", bound=nn.Module)
 
 
 def load_unet(
@@ -195,7 +195,7 @@ def _vae_config(owner: Model, whole: Model, family: Family) -> tuple[dict[str, A
     return family_texts(family)[name], f"{family.title}'s autoencoder"
 
 
-def _filled(network: Network, owner: Model, part: str, device: torch.device, dtype: torch.dtype) -> Network:
+def _filled(network: Part, owner: Model, part: str, device: torch.device, dtype: torch.dtype) -> Part:
     config: Any = network.config
     matched, tensors = owner.weights(part, config, network_shapes(network))
     return fill(network, matched, tensors, Path(owner.where(part)), device, dtype)
@@ -326,8 +326,8 @@ FIT = "these parts come from models of different families"
 
 
 def _load(
-    network: Network, kind: Kind, folder: Path, variant: str | None, device: torch.device, dtype: torch.dtype
-) -> Network:
+    network: Part, kind: Kind, folder: Path, variant: str | None, device: torch.device, dtype: torch.dtype
+) -> Part:
     """Gives a network on the meta device the weights of a folder."""
     paths = weight_files(folder, variant)
     matched = check(kind, part_header(folder, paths), network_shapes(network), folder)
@@ -335,13 +335,13 @@ def _load(
 
 
 def fill(
-    network: Network,
+    network: Part,
     matched: Mapping[str, str],
     tensors: dict[str, Tensor],
     where: Path,
     device: torch.device,
     dtype: torch.dtype,
-) -> Network:
+) -> Part:
     """Gives a network on the meta device its weights: `matched` has their names in `tensors` -> the network's.
 
     What it has used it takes out of `tensors`. Raises CheckpointError for numbers that are not finite.
