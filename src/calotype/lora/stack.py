@@ -17,7 +17,8 @@ from calotype.lora.deltas import LoRA
 from calotype.lora.live import Scale, Term, hook, term
 from calotype.lora.names import MOTION, NETWORKS, networks, own_rows
 from calotype.parts import Parts
-from calotype.weights.files import is_finite, shown
+from calotype.rules import shown
+from calotype.weights.files import is_finite
 
 Target = tuple[str, str]  # network, parameter
 Share = tuple[str, float]  # adapter's name, its scale

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from calotype.errors import CheckpointError, UsageError
 from calotype.nn.clip import CLIPText
+from calotype.rules import shown
 from calotype.text.encode import TextEncoder
-from calotype.weights.files import PICKLES, is_finite, read, shown, unsafe
+from calotype.weights.files import PICKLES, is_finite, read, unsafe
 from calotype.weights.source import resolve_file
 
 MAX_TOKEN = 100  # characters
