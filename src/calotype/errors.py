@@ -28,9 +28,17 @@ class CalotypeError(Exception):
 
 
 class UsageError(CalotypeError, ValueError):
-    """A request or an option that cannot be carried out as it stands."""
+    """A request or an option that cannot be carried out as it stands.
+
+    field: the field of the request that is to blame: "steps", or "controls.0.scale" of the first control. None where it
+    is none of them, or not one alone.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, hint: str | None = None, *, field: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.field = field
 
 
 class ModelNotFoundError(CalotypeError):

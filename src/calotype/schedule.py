@@ -10,10 +10,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,9 @@ import torch
 from torch import Tensor
 
 from calotype.errors import CheckpointError, UsageError
+from calotype.rules import Choice, Flag, Number, Rule, Whole, shown
 
+T = TypeVar("T")
 Floats = npt.NDArray[np.floating[Any]]
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 Spacing = Literal["leading", "linspace", "trailing"]
@@ -103,8 +104,8 @@ class NoiseSchedule:
         """
         kind = _kind(config)
         defaults = _KINDS[kind]
-        T = _integer(config, "num_train_timesteps", 1000, 10, 100_000)
-        prediction = cast(Prediction, _choice(config, "prediction_type", "epsilon", PREDICTIONS))
+        T = _read(config, "num_train_timesteps", 1000, Whole(10, 100_000))
+        prediction = cast(Prediction, _read(config, "prediction_type", "epsilon", Choice(PREDICTIONS)))
         alpha_bar = torch.cumprod(1.0 - _betas(config, defaults, T), dim=0)
         if not (alpha_bar[:-1] > 0).all() or not (alpha_bar >= 0).all():
             raise CheckpointError(f"scheduler config: these betas leave no signal before the last of {T} timesteps")
@@ -113,18 +114,18 @@ class NoiseSchedule:
                 "scheduler config: prediction_type 'epsilon' cannot start from pure noise (zero terminal SNR)",
                 hint="such models predict 'v_prediction' or 'sample', or have rescale_betas_zero_snr false",
             )
-        clip = _flag(config, "clip_sample", defaults.clip_sample)
-        clip_range = _number(config, "clip_sample_range", 1.0, 1e-3, 1e6)
+        clip = _read(config, "clip_sample", defaults.clip_sample, Flag())
+        clip_range = _read(config, "clip_sample_range", 1.0, Number(1e-3, 1e6))
         return NoiseSchedule(
             alpha=alpha_bar.sqrt(),
             sigma=(1.0 - alpha_bar).sqrt(),
             prediction=prediction,
             kind=kind,
-            original_steps=_integer(config, "original_inference_steps", min(50, T), 1, T),
-            timestep_scaling=_number(config, "timestep_scaling", 10.0, 1e-3, 1e6),
-            spacing=cast(Spacing, _choice(config, "timestep_spacing", defaults.spacing, SPACINGS)),
-            steps_offset=_integer(config, "steps_offset", 0, 0, T - 1),
-            set_alpha_to_one=_flag(config, "set_alpha_to_one", defaults.set_alpha_to_one),
+            original_steps=_read(config, "original_inference_steps", min(50, T), Whole(1, T)),
+            timestep_scaling=_read(config, "timestep_scaling", 10.0, Number(1e-3, 1e6)),
+            spacing=cast(Spacing, _read(config, "timestep_spacing", defaults.spacing, Choice(SPACINGS))),
+            steps_offset=_read(config, "steps_offset", 0, Whole(0, T - 1)),
+            set_alpha_to_one=_read(config, "set_alpha_to_one", defaults.set_alpha_to_one, Flag()),
             clip_sample=clip_range if clip else None,
             noise_spacing=_noise_spacing(config),
             to_least_noise=config.get("final_sigmas_type") == "sigma_min",
@@ -325,14 +326,14 @@ _USED_BY_SOME: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
 
 def _kind(config: Mapping[str, Any]) -> str:
     if not isinstance(config, Mapping):
-        raise CheckpointError(f"scheduler config: is {reprlib.repr(config)}, not a JSON object")
+        raise CheckpointError(f"scheduler config: is {shown(config)}, not a JSON object")
     name = config.get("_class_name")
     if isinstance(name, str) and name in _KINDS:
         return name
     flow = isinstance(name, str) and "flow" in name.lower()
     known = f"known are {', '.join(_KINDS)}"
     raise CheckpointError(
-        f"scheduler config: _class_name is {reprlib.repr(name)}; {known}",
+        f"scheduler config: _class_name is {shown(name)}; {known}",
         hint="flow-matching models are another family, which calotype does not run" if flow else None,
     )
 
@@ -343,7 +344,7 @@ def _lacking(config: Mapping[str, Any]) -> dict[str, str]:
     for name, (values, samplers) in _USED_BY_SOME.items():
         value = config.get(name)
         if value is not None and value not in values:
-            found |= dict.fromkeys(samplers, f"{name} is {reprlib.repr(value)}")
+            found |= dict.fromkeys(samplers, f"{name} is {shown(value)}")
     if config.get("use_karras_sigmas") is True and config.get("use_exponential_sigmas") is True:
         found["euler"] = "use_karras_sigmas and use_exponential_sigmas are both true"
     return found
@@ -357,9 +358,9 @@ def _noise_spacing(config: Mapping[str, Any]) -> NoiseSpacing | None:
 
 def _betas(config: Mapping[str, Any], defaults: _Kind, T: int) -> Tensor:
     """The variance that each timestep adds, float32 (T,), in the reference's order of operations, for parity."""
-    start = _number(config, "beta_start", defaults.beta_start, 1e-8, 0.999)
-    end = _number(config, "beta_end", defaults.beta_end, 1e-8, 0.999)
-    schedule = _choice(config, "beta_schedule", defaults.beta_schedule, BETA_SCHEDULES)
+    start = _read(config, "beta_start", defaults.beta_start, Number(1e-8, 0.999))
+    end = _read(config, "beta_end", defaults.beta_end, Number(1e-8, 0.999))
+    schedule = _read(config, "beta_schedule", defaults.beta_schedule, Choice(BETA_SCHEDULES))
     if config.get("trained_betas") is not None:
         betas = _trained_betas(config["trained_betas"], T)
     elif schedule == "linear":
@@ -368,16 +369,17 @@ def _betas(config: Mapping[str, Any], defaults: _Kind, T: int) -> Tensor:
         betas = torch.linspace(start**0.5, end**0.5, T, dtype=torch.float32) ** 2
     else:
         betas = _cosine_betas(T)
-    return _zero_terminal_snr(betas) if _flag(config, "rescale_betas_zero_snr", False) else betas
+    return _zero_terminal_snr(betas) if _read(config, "rescale_betas_zero_snr", False, Flag()) else betas
 
 
 def _trained_betas(values: object, T: int) -> Tensor:
     if not isinstance(values, list | tuple) or len(values) != T:
-        count = f"{len(values)} values" if isinstance(values, list | tuple) else reprlib.repr(values)
+        count = f"{len(values)} values" if isinstance(values, list | tuple) else shown(values)
         raise CheckpointError(f"scheduler config: trained_betas has {count}: num_train_timesteps says {T}")
     for value in values:
-        if not _is_number(value, 0, 1) or value == 0:
-            raise _bad("trained_betas", value, "numbers above 0 and up to 1")
+        if not Number(0, 1).plain(value):  # nor may it be 0
+            message = f"scheduler config: trained_betas has {shown(value)}"
+            raise CheckpointError(f"{message}: must be numbers above 0 and up to 1")
     return torch.tensor(values, dtype=torch.float32)
 
 
@@ -400,38 +402,9 @@ def _zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
 
 
-def _bad(name: str, value: object, allowed: str) -> CheckpointError:
-    return CheckpointError(f"scheduler config: {name} is {reprlib.repr(value)}: allowed is {allowed}")
-
-
-def _is_number(value: object, low: float, high: float) -> bool:
-    """Whether it is a number in the range. NaN compares false; JSON's true and false are no numbers."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-
-
-def _number(config: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
-    value = config.get(name, default)
-    if not _is_number(value, low, high):
-        raise _bad(name, value, f"a number from {low:g} to {high:g}")
-    return float(value)
-
-
-def _integer(config: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
-    value = config.get(name, default)
-    if not isinstance(value, int) or not _is_number(value, low, high):
-        raise _bad(name, value, f"a whole number from {low} to {high}")
-    return value
-
-
-def _flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
-    value = config.get(name, default)
-    if not isinstance(value, bool):
-        raise _bad(name, value, "true or false")
-    return value
-
-
-def _choice(config: Mapping[str, Any], name: str, default: str, choices: tuple[str, ...]) -> str:
-    value = config.get(name, default)
-    if value not in choices:
-        raise _bad(name, value, f"one of {', '.join(choices)}")
-    return cast(str, value)
+def _read(config: Mapping[str, Any], name: str, default: T, rule: Rule[T]) -> T:
+    """A field that may be absent, and must not be null."""
+    try:
+        return rule(name, config.get(name, default))
+    except UsageError as error:
+        raise CheckpointError(f"scheduler config: {error.message}", error.hint) from None

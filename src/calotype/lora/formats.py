@@ -20,9 +20,10 @@ from calotype.lora.names import MOTION, Names, networks, own_rows
 from calotype.lora.scaling import METADATA, PEFT_CONFIG, PEFT_FILE, Scaling, read_scalings
 from calotype.lora.words import is_of_word, read_words
 from calotype.parts import Parts
+from calotype.rules import shown
 from calotype.weights import source
 from calotype.weights.detect import looks_like, shapes_of
-from calotype.weights.files import is_finite, metadata, read, shown
+from calotype.weights.files import is_finite, metadata, read
 from calotype.weights.habits import habit_of
 from calotype.weights.names import BOOKKEEPING
 

@@ -34,7 +34,8 @@ from calotype.lora.rotations import (
     unpacked,
 )
 from calotype.lora.scaling import Scaling
-from calotype.weights.files import is_finite, shown
+from calotype.rules import shown
+from calotype.weights.files import is_finite
 
 COUNTS = ("bias_indices", "bias_size", "reshape_weight")  # whole numbers; what is trained never is
 FLAGS = ("alpha", "ia3_on_input", "oft_scaled", "scalar")  # of any dtype

@@ -19,7 +19,8 @@ from calotype.lora.names import MOTION, NETWORKS, networks, own_rows
 from calotype.nn import motion
 from calotype.nn.motion import MotionAdapter
 from calotype.parts import Motion, Parts
-from calotype.weights.files import is_finite, shown
+from calotype.rules import shown
+from calotype.weights.files import is_finite
 
 Target = tuple[str, str]  # network, parameter
 Share = tuple[str, float]  # adapter's name, its scale

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from calotype.errors import CheckpointError, UsageError
 from calotype.hashes import File
 from calotype.nn.clip import CLIPText
+from calotype.rules import shown
 from calotype.text.encode import TextEncoder
-from calotype.weights.files import PICKLES, is_finite, read, shown, unsafe
+from calotype.weights.files import PICKLES, is_finite, read, unsafe
 from calotype.weights.source import resolve_file
 
 MAX_TOKEN = 100  # characters

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from calotype.errors import UsageError
+from calotype.rules import Choice, Flag, Number, Positive, Whole, listed, option, settle
 from calotype.samplers import CONSISTENCY
 
 # What the student learns: latent consistency distillation and fine-tuning (arXiv 2310.04378, 4.3 and 4.4), phased
@@ -17,104 +18,114 @@ PRECISIONS = ("no", "bf16")
 SCHEDULERS = ("constant", "cosine")
 
 
+COUNT, COUNT_OR_NONE = Whole(1), Whole(0)
+MAX_SEED = 2**24 - 1  # torch's have 64 bits, of which the numbers of a run's batches take 40
+
+
+@listed
 @dataclass(frozen=True)
 class Settings:
-    """How to train. A batch is `train_batch_size` pictures for each process and each accumulated part."""
+    """How to train. A batch is `train_batch_size` pictures for each process and each accumulated part.
 
-    objective: str = "lcd"
-    phases: int = 4  # of pcm: how many pieces the path is cut into, each a step in the end
-    lora: bool = False  # train a LoRA on the teacher, and no network of its own
-    lora_rank: int = 64
-    max_train_steps: int = 1000
-    train_batch_size: int = 12
-    gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = False  # compute activations anew for the gradients instead of keeping them
-    learning_rate: float | None = None  # 1e-5, or 1e-4 of a LoRA
-    lr_scheduler: str = "constant"  # or "cosine": falls to zero at the end
-    lr_warmup_steps: int = 50
-    resolution: int | None = None  # pixels; the teacher's own size if None
-    aspect_buckets: bool = True  # pictures keep their shape, as far as 1:2 and 2:1; False: the square in their middle
-    random_flip: bool = False  # every other time, a picture is seen mirrored
-    seed: int = 0
-    w_min: float = 3.0  # the paper's w: guidance - 1
-    w_max: float = 15.0
-    num_ddim_timesteps: int = 50  # of the grid that training visits, the one that sampling picks its steps from
-    skipping_step: int = 20  # the paper's k: timesteps that the teacher's solver jumps
-    solver_substeps: int = 1  # in which it goes there
-    timestep_power: float = 1.0  # of the uniform number that picks a timestep: 2 sees half of all below T / 4
-    ema_decay: float = 0.95  # of the average that is target and result; 0: they are the student as it is
-    loss_type: str = "huber"
-    huber_c: float = 0.001
-    optimizer: str = "adamw"  # or "adamw8bit", of bitsandbytes
-    adam_weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    mixed_precision: str = "no"  # or "bf16"
-    compile: bool = False  # torch.compile
-    fsdp: bool = False  # cut a full student, its average and the teacher into pieces over the processes
-    checkpointing_steps: int = 500
-    checkpoints_total_limit: int = 2  # besides the one that validation chose
-    validation_steps: int | None = None  # as checkpointing_steps; 0: never
-    validation_samples: int = 32  # captions that are held out, and drawn at each validation
-    patience: int = 3  # validations in a row that are measurably worse than the best, until the run ends; 0: never
-    samples: int | None = None  # of prompts without pictures: how many the teacher draws; one for each prompt if None
-    teacher_steps: int = 25  # in which the teacher draws those, and the pictures of the validation
-    sampler: str | None = None  # the finished model's default: "lcm" or "tcd"; pcm has its own
+    Raises UsageError, naming the field and what is allowed. The fields:
+    """
+
+    objective: str = option(
+        "lcd",
+        "lcd: consistency distillation; lcf: tuning on pictures without a teacher; pcm: phased; tcd: trajectories.",
+        Choice(OBJECTIVES),
+        "NAME",
+        "",
+    )
+    phases: int = option(4, "Of pcm.", COUNT, "N", "How many pieces the path is cut into, each a step in the end.")
+    lora: bool = option(False, "Train an LCM-LoRA for the teacher and its kin.", Flag(), more="No network of its own.")
+    lora_rank: int = option(64, "Of the LoRA.", COUNT, "R")
+    max_train_steps: int = option(1000, "Updates of the network.", COUNT, "N")
+    train_batch_size: int = option(12, "Pictures at a time, in each process.", COUNT, "B")
+    gradient_accumulation_steps: int = option(1, "So many times that, an update.", COUNT, "N")
+    gradient_checkpointing: bool = option(
+        False, "Less memory, a third more time.", Flag(), more="Activations are computed anew, not kept."
+    )
+    learning_rate: float | None = option(None, "Adam's rate [default: 1e-5, LoRA 1e-4].", Positive(), "R")
+    lr_scheduler: str = option("constant", "constant, or cosine: falls to zero.", Choice(SCHEDULERS), "NAME", "")
+    lr_warmup_steps: int = option(50, "Updates over which the rate rises.", COUNT_OR_NONE, "N")
+    resolution: int | None = option(None, "Pixels [default: the teacher's own].", Whole(8, step=8), "P")
+    aspect_buckets: bool = option(
+        True,
+        "Keep the pictures' shapes, or cut out the square in the middle.",
+        Flag(),
+        more="Kept as far as 1:2 and 2:1.",
+    )
+    random_flip: bool = option(False, "See every other picture mirrored.", Flag())
+    seed: int = option(0, "Of every random choice.", Whole(0, MAX_SEED), "S")
+    w_min: float = option(3.0, "Least guidance - 1.", Number(0), "W", "The paper's w.")
+    w_max: float = option(15.0, "Greatest guidance - 1.", Number(0), "W", "")
+    num_ddim_timesteps: int = option(50, "Timesteps that training visits.", COUNT, "N", "Sampling picks from them.")
+    skipping_step: int = option(20, "Timesteps that the teacher jumps.", COUNT, "K", "The paper's k.")
+    solver_substeps: int = option(1, "Steps in which it jumps.", COUNT, "N")
+    timestep_power: float = option(
+        1.0,
+        "Above 1: more of the less noisy timesteps.",
+        Positive(),
+        "P",
+        "Of the uniform number that picks one: 2 sees half of all below T / 4.",
+    )
+    ema_decay: float = option(
+        0.95, "Of target and result; 0: none.", Number(0, 1), "D", "They are a moving average of the student."
+    )
+    loss_type: str = option("huber", "huber, or l2.", Choice(LOSSES), "NAME", "")
+    huber_c: float = option(0.001, "Of the pseudo-Huber loss.", Positive(), "C")
+    optimizer: str = option("adamw", "adamw, or adamw8bit (bitsandbytes).", Choice(OPTIMIZERS), "NAME", "")
+    adam_weight_decay: float = option(0.0, "Of the weights.", Number(0), "D")
+    max_grad_norm: float = option(1.0, "Longer gradients are cut.", Positive(), "N")
+    mixed_precision: str = option("no", "no, or bf16.", Choice(PRECISIONS), "KIND", "")
+    compile: bool = option(False, "torch.compile: slow to begin, then faster.", Flag())
+    fsdp: bool = option(
+        False, "Cut a full student up over the processes of torchrun.", Flag(), more="And its average, and the teacher."
+    )
+    checkpointing_steps: int = option(500, "Updates between checkpoints.", COUNT, "N")
+    checkpoints_total_limit: int = option(2, "Checkpoints to keep, beside the best.", COUNT, "N")
+    validation_steps: int | None = option(
+        None, "Updates between validations; 0: none [default: as checkpoints].", COUNT_OR_NONE, "N"
+    )
+    validation_samples: int = option(32, "Held-out captions to draw.", COUNT_OR_NONE, "N", "At least 3.")
+    patience: int = option(
+        3,
+        "End after so many validations got worse; 0: never.",
+        COUNT_OR_NONE,
+        "N",
+        "In a row, and measurably worse than the best.",
+    )
+    samples: int | None = option(
+        None, "Of prompts: how many pictures the teacher draws [default: one each].", COUNT, "N", ""
+    )
+    teacher_steps: int = option(25, "In which the teacher draws.", COUNT, "N", "Also in validation.")
+    sampler: str | None = option(
+        None,
+        "The finished model's default: lcm, tcd [default: the objective's].",
+        Choice((*CONSISTENCY, "ddim")),
+        "S",
+        "That of pcm is ddim.",
+    )
 
     def __post_init__(self) -> None:
+        settle(self, Settings)
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", 1e-4 if self.lora else 1e-5)
         if self.validation_steps is None:
             object.__setattr__(self, "validation_steps", self.checkpointing_steps)
-        for name, choices in (
-            ("objective", OBJECTIVES),
-            ("loss_type", LOSSES),
-            ("optimizer", OPTIMIZERS),
-            ("mixed_precision", PRECISIONS),
-            ("lr_scheduler", SCHEDULERS),
-            ("sampler", (None, "ddim") if self.objective == "pcm" else (None, *CONSISTENCY)),
-        ):
-            if getattr(self, name) not in choices:
-                allowed = ", ".join(choice for choice in choices if choice is not None)
-                raise UsageError(f"{name} is {getattr(self, name)!r}: must be one of {allowed}")
         if self.sampler is None:
             object.__setattr__(self, "sampler", {"tcd": "tcd", "pcm": "ddim"}.get(self.objective, "lcm"))
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        for name in (
-            "phases",
-            "lora_rank",
-            "max_train_steps",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "num_ddim_timesteps",
-            "skipping_step",
-            "solver_substeps",
-            "checkpointing_steps",
-            "checkpoints_total_limit",
-            "teacher_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}: must be at least 1")
-        for name in ("validation_steps", "patience", "lr_warmup_steps"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{name} is {getattr(self, name)}: must be at least 0")
-        for name in ("learning_rate", "huber_c", "max_grad_norm", "timestep_power"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise UsageError(f"{name} is {getattr(self, name)}: must be a positive number")
-        if not 0 <= self.w_min <= self.w_max < math.inf:
+        Choice(("ddim",) if self.objective == "pcm" else CONSISTENCY)("sampler", self.sampler)
+        if not self.w_min <= self.w_max < math.inf:
             raise UsageError(
                 f"w_min {self.w_min} and w_max {self.w_max}: must be 0 <= w_min <= w_max",
                 hint="w is the paper's guidance scale: diffusers' guidance_scale - 1",
             )
-        if not 0 <= self.ema_decay < 1:
-            raise UsageError(f"ema_decay is {self.ema_decay}: must be in [0, 1)")
+        if self.ema_decay == 1:
+            raise UsageError("ema_decay is 1.0: must be below 1", hint="the average would never change")
         if self.validation_steps and self.validation_samples < 3:
             raise UsageError(f"validation_samples is {self.validation_samples}: must be at least 3")
-        if self.samples is not None and self.samples < 1:
-            raise UsageError(f"samples is {self.samples}: must be at least 1")
-        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
-            raise UsageError(f"resolution is {self.resolution}: must be a positive multiple of 8")
         if self.objective == "pcm" and self.num_ddim_timesteps % self.phases:
             raise UsageError(
                 f"phases is {self.phases}, which does not divide num_ddim_timesteps, {self.num_ddim_timesteps}",

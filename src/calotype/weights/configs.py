@@ -16,8 +16,8 @@ from calotype.nn.clip_vision import CLIPVisionConfig
 from calotype.nn.tiny_vae import TinyVAEConfig
 from calotype.nn.unet import Depths, UNetConfig
 from calotype.nn.vae import VAEConfig
+from calotype.rules import shown
 from calotype.weights.fields import Fields
-from calotype.weights.files import shown
 
 Config = UNetConfig | VAEConfig | TinyVAEConfig | CLIPTextConfig
 

@@ -14,6 +14,7 @@ from calotype.nn.controlnet import ControlNet, ControlNetConfig
 from calotype.nn.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from calotype.nn.unet import UNetConfig, skip_channels
 from calotype.parts import Stored
+from calotype.rules import shown
 from calotype.weights import source
 from calotype.weights.adapter_configs import (
     controlnet_config,
@@ -33,7 +34,7 @@ from calotype.weights.control_files import (
     whole_of_low_rank,
 )
 from calotype.weights.detect import looks_like
-from calotype.weights.files import DTYPES, STEMS, TensorInfo, read, read_json, shown
+from calotype.weights.files import DTYPES, STEMS, TensorInfo, read, read_json
 from calotype.weights.folder import check_variant, merged_header, weight_files
 from calotype.weights.ldm import control_names
 from calotype.weights.load import CPU, fill, network_shapes, on_meta

@@ -20,8 +20,8 @@ from calotype.errors import CheckpointError
 from calotype.families import family_of
 from calotype.nn.unet import UNetConfig
 from calotype.parts import Stored
+from calotype.rules import shown
 from calotype.weights.detect import NAMED_REFUSALS, Shapes, looks_like, shapes_of, sort_of
-from calotype.weights.files import shown
 from calotype.weights.ldm import control_names, control_table
 from calotype.weights.names import BOOKKEEPING
 from calotype.weights.wrapping import without_inner

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from calotype.errors import CheckpointError
-from calotype.weights.files import shown
+from calotype.rules import Choice, Flag, Number, Rule, Whole, shown
+
+T = TypeVar("T")
 
 
 class Fields:
@@ -27,27 +29,21 @@ class Fields:
         return self.raw.get(name) is not None
 
     def integer(self, name: str, default: int, low: int, high: int) -> int:
-        value = self.raw[name] if self.given(name) else default
-        if type(value) is not int or not low <= value <= high:
-            raise self.refuse(name, f"an integer from {low} to {high} is needed")
-        return value
+        return self._read(name, default, Whole(low, high), f"an integer from {low} to {high} is needed")
 
     def number(self, name: str, default: float, low: float, high: float) -> float:
-        value = self.raw[name] if self.given(name) else default
-        if type(value) not in (int, float) or not low <= value <= high:
-            raise self.refuse(name, f"a number from {low:g} to {high:g} is needed")
-        return float(value)
+        return self._read(name, default, Number(low, high), f"a number from {low:g} to {high:g} is needed")
 
     def flag(self, name: str, default: bool) -> bool:
-        value = self.raw[name] if self.given(name) else default
-        if type(value) is not bool:
-            raise self.refuse(name, "true or false is needed")
-        return value
+        return self._read(name, default, Flag(), "true or false is needed")
 
     def one_of(self, name: str, default: str, allowed: Sequence[str]) -> str:
-        value = self.raw[name] if self.given(name) else default
-        if not isinstance(value, str) or value not in allowed:
-            raise self.refuse(name, f"allowed are {', '.join(allowed)}")
+        return self._read(name, default, Choice(allowed), f"allowed are {', '.join(allowed)}")
+
+    def _read(self, name: str, default: T, rule: Rule[T], allowed: str) -> T:
+        value = rule.plain(self.raw[name] if self.given(name) else default)
+        if value is None:
+            raise self.refuse(name, allowed)
         return value
 
     def items(self, name: str, default: Sequence[Any], low: int, high: int) -> tuple[Any, ...]:
@@ -63,14 +59,14 @@ class Fields:
     ) -> tuple[int, ...]:
         """A list of integers, each from `low` to `high`."""
         values = self.items(name, default, *lengths)
-        if not all(type(value) is int and low <= value <= high for value in values):
+        if any(Whole(low, high).plain(value) is None for value in values):
             raise self.refuse(name, f"integers from {low} to {high} are needed")
         return values
 
     def names(self, name: str, default: Sequence[str], allowed: Sequence[str], count: int) -> tuple[str, ...]:
         """A list of `count` names out of `allowed`."""
         values = self.items(name, default, count, count)
-        if not all(isinstance(value, str) and value in allowed for value in values):
+        if any(Choice(allowed).plain(value) is None for value in values):
             raise self.refuse(name, f"allowed are {', '.join(allowed)}")
         return values
 

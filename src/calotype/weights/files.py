@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import reprlib
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from calotype.errors import CheckpointError, UnsafeFileError
+from calotype.rules import shown
 
 JSON_LIMIT = 10_000_000  # bytes of a config or an index; SDXL's largest is 200 kB
 HEADER_LIMIT = 16_000_000  # bytes; SDXL's U-Net has 200 kB. The format allows 100 MB, which cost gigabytes once parsed
@@ -69,15 +69,6 @@ class TensorInfo:
     @property
     def count(self) -> int:
         return math.prod(self.shape)
-
-
-_SHORT = reprlib.Repr()  # bounded in depth as well: a plain repr of nested lists may exhaust the stack
-_SHORT.maxstring = _SHORT.maxother = 80
-
-
-def shown(value: object) -> str:
-    """A value from a file as one printable line of bounded length, for messages."""
-    return _SHORT.repr(value)[:160]
 
 
 # ---- JSON ----

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from calotype.errors import CalotypeWarning, CheckpointError, ModelNotFoundError
+from calotype.rules import shown
 from calotype.text.tokenizer import TABLES, Tokenizer, has_clip_tables
 from calotype.weights.compare import check
 from calotype.weights.configs import MOTION_UNET, Config
@@ -25,7 +26,6 @@ from calotype.weights.files import (
     read,
     read_json,
     shards,
-    shown,
     unsafe,
     variants,
 )

@@ -12,12 +12,13 @@ from calotype.errors import CheckpointError, ModelNotFoundError
 from calotype.families import family_of
 from calotype.nn.clip import CLIPText
 from calotype.nn.unet import UNet
+from calotype.rules import shown
 from calotype.schedule import NoiseSchedule
 from calotype.text.tokenizer import Tokenizer
 from calotype.weights import load, source
 from calotype.weights.compare import check
 from calotype.weights.detect import kind_of, looks_like, shapes_of
-from calotype.weights.files import PICKLES, TensorInfo, header, is_finite, read, read_json, shown, unsafe
+from calotype.weights.files import PICKLES, TensorInfo, header, is_finite, read, read_json, unsafe
 from calotype.weights.folder import SCHEDULER, Folder, Model, available, merged_header, part_header, weight_files
 from calotype.weights.habits import SORTS, habit_of
 from calotype.weights.names import KINDS, Kind

@@ -25,12 +25,13 @@ from calotype.nn.tiny_vae import AutoencoderTiny
 from calotype.nn.unet import UNet
 from calotype.nn.vae import AutoencoderKL
 from calotype.parts import Habit, Parts, Stored
+from calotype.rules import shown
 from calotype.schedule import NoiseSchedule
 from calotype.text.encode import TextEncoder
 from calotype.weights import configs, source, taesd
 from calotype.weights.compare import check
 from calotype.weights.detect import shapes_of
-from calotype.weights.files import is_finite, read, read_json, shown
+from calotype.weights.files import is_finite, read, read_json
 from calotype.weights.folder import SCHEDULER, Folder, Model, check_pickles, check_variant, part_header, weight_files
 from calotype.weights.habits import habit_of
 from calotype.weights.names import Kind

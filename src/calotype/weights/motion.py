@@ -18,12 +18,13 @@ from calotype.errors import CheckpointError
 from calotype.families import SD15, SDXL, family_of
 from calotype.nn.motion import MotionAdapter, MotionConfig, frame_positions, mismatch
 from calotype.nn.unet import UNetConfig
+from calotype.rules import shown
 from calotype.weights import source
 from calotype.weights.compare import check
 from calotype.weights.configs import MAX_CHANNELS, MAX_DEPTH, MAX_LAYERS, MAX_LEVELS, check_class
 from calotype.weights.detect import Shapes, looks_like, shapes_of
 from calotype.weights.fields import Fields
-from calotype.weights.files import TensorInfo, read, read_json, shown
+from calotype.weights.files import TensorInfo, read, read_json
 from calotype.weights.folder import check_variant, merged_header, weight_files
 from calotype.weights.load import CPU, fill, network_shapes, on_meta
 from calotype.weights.wrapping import unwrapped

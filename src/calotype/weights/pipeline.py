@@ -12,11 +12,12 @@ from calotype.errors import CheckpointError
 from calotype.families import LCM_GUIDANCE, LCM_GUIDANCE_RANGE, LCM_STEPS, PLAIN_LCM_GUIDANCE, Family
 from calotype.nn.unet import UNetConfig
 from calotype.parts import Defaults, Habit
+from calotype.rules import shown
 from calotype.samplers import CONSISTENCY, SAMPLERS
 from calotype.schedule import NoiseSchedule
 from calotype.weights.configs import MOTION_UNET, TEXT_CLASSES, names_class
 from calotype.weights.fields import Fields
-from calotype.weights.files import read_json, shown
+from calotype.weights.files import read_json
 
 # Whatever its task, a pipeline of these has parts of which a picture is drawn from text. By the class's name alone:
 # nothing outside the lists of parts is imported or built.

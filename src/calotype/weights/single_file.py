@@ -21,6 +21,7 @@ from calotype.families import CUSTOM, SD21, Family
 from calotype.nn.clip import CLIPTextConfig
 from calotype.nn.unet import UNetConfig
 from calotype.nn.vae import VAEConfig
+from calotype.rules import shown
 from calotype.text.tokenizer import Tokenizer
 from calotype.weights import ldm, taesd
 from calotype.weights.compare import compare
@@ -36,7 +37,7 @@ from calotype.weights.detect import (
     unet_family,
     unet_prefix,
 )
-from calotype.weights.files import TensorInfo, header, metadata, parse_json, shown
+from calotype.weights.files import TensorInfo, header, metadata, parse_json
 from calotype.weights.folder import Weights
 from calotype.weights.names import BOOKKEEPING, KINDS, Kind, canonical
 from calotype.weights.pipeline import Pipeline, pipeline_of

@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import cast
 
 from calotype.errors import CalotypeWarning, CheckpointError, ModelNotFoundError
-from calotype.weights.files import NUMBERED, PICKLES, STEMS, pickles, shown, unsafe, variants
+from calotype.rules import shown
+from calotype.weights.files import NUMBERED, PICKLES, STEMS, pickles, unsafe, variants
 
 SHIPPED = "icons"
 FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from calotype.errors import CheckpointError
-from calotype.weights.files import header, shown
+from calotype.rules import shown
+from calotype.weights.files import header
 
 SECONDS, BYTES_A_SECOND = 120, 20_000_000  # the least time, and how fast a slow disk is
 SPARE = 2**30  # bytes of memory beside what holds the file
