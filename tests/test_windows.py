@@ -116,14 +116,3 @@ def test_each_window_gets_its_rows_of_every_clip(controlled: bool) -> None:
         ([1, 2, 3, 4, 6, 7, 8, 9, 11, 12, 13, 14], 4),
     ]
     torch.testing.assert_close(out, picture)
-
-
-@pytest.mark.parametrize("windows", [[], context_windows(3)])
-def test_one_window_is_the_call_itself(windows: list[range]) -> None:
-    x = torch.ones(6, 1, 1, 1)
-    call = Call(x, torch.ones(6), Conditioning(torch.ones(6, 1, 1)), frames=3)
-    asking = by_windows(call, windows)
-    assert next(asking) is call
-    with pytest.raises(StopIteration) as end:
-        asking.send(x)
-    assert end.value.value is x

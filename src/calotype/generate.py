@@ -133,7 +133,8 @@ class Job:
                 residuals = residuals + control.at(x, t, conditioning, copies)
         if self.beside is not None:
             x = torch.cat([x, self.beside.repeat(copies, 1, 1, 1)], dim=1)
-        return (yield from by_windows(Call(x, t, conditioning, residuals, self.frames), self.windows))
+        call = Call(x, t, conditioning, residuals, self.frames)
+        return (yield from by_windows(call, self.windows)) if len(self.windows) > 1 else (yield call)
 
 
 @torch.inference_mode()

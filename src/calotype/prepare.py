@@ -13,13 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from calotype.generate import Guidance, Job
+from calotype.generate import Guidance, Job, Steering
 from calotype.latents import Note
 from calotype.nn.tiny_vae import AutoencoderTiny
 from calotype.nn.unet import Conditioning, UNetConfig
 from calotype.nn.windows import LENGTH, OVERLAP, context_windows
 from calotype.parts import Parts
-from calotype.picture_inputs import CHUNK, Fit, Start, steering, to_paint, to_start_from
+from calotype.picture_inputs import CHUNK, PictureInputs, Start
 from calotype.resolve import Resolved
 from calotype.sampling import draw, draws_needed, generators_for, sampler_for
 
@@ -49,27 +49,11 @@ def prepare(parts: Parts, resolved: Resolved, *, note: Note | None = None) -> Jo
             windows = _windows(request.frames, parts.motion.adapter.config.max_frames)
     guidance = Guidance(resolved.schedule, resolved.guidance, negative, request.guidance_steps, request.guidance_mode)
 
-    fit, start = Fit.of(resolved), Start()
-    if request.image is not None:
-        pictures = request.image if isinstance(request.image, tuple) else (request.image,)
-        if request.mask is None:
-            start = to_start_from(parts, pictures, fit, rows, draws.posterior, note)
-        else:
-            noised = request.strength != 1
-            start = to_paint(
-                parts,
-                pictures,
-                request.mask,
-                fit,
-                request.mask_feather,
-                noised,
-                rows,
-                (draws.posterior, draws.masked),
-                note,
-            )
-    controls = tuple(
-        steering(parts.controls[control.name], control, fit, rows) for control in request.controls if control.scale
-    )
+    start, controls = Start(), tuple[Steering, ...]()
+    if request.image is not None or request.controls:
+        inputs = PictureInputs(parts, resolved, rows, note)
+        start = inputs.start(draws.posterior, draws.masked)
+        controls = tuple(inputs.steering(control) for control in request.controls if control.scale)
     return Job(
         grid,
         partial(sampler_for, resolved.sampler, resolved.schedule, grid, noise, start.source, resolved.gamma),

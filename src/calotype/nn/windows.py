@@ -58,12 +58,7 @@ def blend(windows: Sequence[range], outputs: Sequence[Tensor], frames: int) -> T
 
 
 def by_windows(call: Call, windows: Sequence[range]) -> Generator[Call, Tensor, Tensor]:
-    """A call for clips of some frames, asked for window by window; returns the output for all of it.
-
-    A single window, or none, is the call itself.
-    """
-    if len(windows) <= 1:
-        return (yield call)
+    """A call for clips of some frames, asked for window by window; returns the output for all of it."""
     assert call.frames is not None
     clips = torch.arange(len(call.x), device=call.x.device).view(-1, call.frames)
     outputs = []
