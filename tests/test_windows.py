@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from calotype.errors import UsageError
-from calotype.nn.call import Call, Denoiser
+from calotype.nn.call import Call, Network
 from calotype.nn.unet import Conditioning, Residuals
 from calotype.nn.windows import blend, by_windows, context_windows, window_weights
 
@@ -65,7 +65,7 @@ def test_half_precision_is_averaged_in_single() -> None:
     assert mean[0, 1, 0] == 1.0 + 2**-11
 
 
-def answered(asking: Generator[Call, torch.Tensor, torch.Tensor], network: Denoiser) -> torch.Tensor:
+def answered(asking: Generator[Call, torch.Tensor, torch.Tensor], network: Network) -> torch.Tensor:
     """What a generator of calls returns, each call answered by the network."""
     try:
         call = next(asking)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from calotype.nn.call import Call, Denoiser
+from calotype.nn.call import Call, Network
 from calotype.nn.controlnet import ControlNet
 from calotype.nn.unet import Conditioning, Residuals
 from calotype.nn.windows import by_windows
@@ -138,7 +138,7 @@ class Job:
 
 
 @torch.inference_mode()
-def generate(unet: Denoiser, job: Job) -> Iterator[Update]:
+def generate(unet: Network, job: Job) -> Iterator[Update]:
     """The updates of a job, each of its calls answered by the network at once."""
     run = job.run()
     said = next(run, None)

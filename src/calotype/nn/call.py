@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calotype.nn.unet import Conditioning, Residuals
 
-Denoiser = Callable[[Tensor, Tensor, Conditioning, Residuals | None, int | None], Tensor]  # UNet.forward
+Network = Callable[[Tensor, Tensor, Conditioning, Residuals | None, int | None], Tensor]  # UNet.forward
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -23,7 +23,7 @@ class Call:
     residuals: Residuals = field(default_factory=Residuals)
     frames: int | None = None  # so many rows after another are one clip; None: pictures
 
-    def answered_by(self, network: Denoiser) -> Tensor:
+    def answered_by(self, network: Network) -> Tensor:
         """The network's output (B, out_channels, h, w)."""
         return network(self.x, self.t, self.conditioning, self.residuals, self.frames)
 

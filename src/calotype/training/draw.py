@@ -22,7 +22,7 @@ from torch import Tensor
 from calotype import atomic
 from calotype.errors import OutputError
 from calotype.generate import Guidance, Job, generate
-from calotype.nn.call import Denoiser
+from calotype.nn.call import Network
 from calotype.nn.unet import UNetConfig
 from calotype.parts import Parts
 from calotype.prepare import condition
@@ -39,7 +39,7 @@ SHARD = 40  # pictures a file of the cache: what an interruption can lose
 class Painter:
     """A network that draws instead of the model's own: one in training, or its teacher."""
 
-    network: Denoiser
+    network: Network
     config: UNetConfig
     dtype: torch.dtype  # of what it takes
     beside: Tensor | None = None  # of an inpainting network (1, 1 + C, h, w): mask, masked picture
