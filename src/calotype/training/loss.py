@@ -108,7 +108,7 @@ def consistency_loss(
     """The distillation loss of each example (B,): the student at t must agree with the target one solver step on.
 
     `target` is the student's moving average (or the student itself), `teacher` the guided model; gradients flow through
-    the student alone, which is called last, and once. k (`skip`) is how many timesteps the solver jumps: the further,
+    the student alone, which is called once. k (`skip`) is how many timesteps the solver jumps: the further,
     the sooner what is known near the clean end reaches the noisy end, and the coarser the path, unless the solver goes
     it in several `substeps`.
 
