@@ -22,7 +22,7 @@ from calotype.nn.attention import Transformer2D
 from calotype.nn.blocks import ResnetBlock
 from calotype.nn.unet import Conditioning, UNet, UNetConfig
 from calotype.parts import Parts
-from calotype.training.loss import Network
+from calotype.training.loss import Denoiser
 
 # What LCM-LoRA (Luo et al. 2023, arXiv 2311.05556) changes: attention and feed-forward, the projections around them,
 # the convolutions of residual blocks and samplers, and their projections of the timestep. Text is left alone.
@@ -39,11 +39,11 @@ Files = dict[str, dict[str, Tensor]]  # what a checkpoint holds, by kind and nam
 class Student(ABC):
     """The three networks of the loss, and the numbers that are trained."""
 
-    module: nn.Module  # gradients flow through this one, called as a Network; its parameters that want them are trained
-    network: Network  # the same, or what wraps it to train in many processes
-    target: Network  # what it must agree with
-    teacher: Network
-    result: Network  # what it has become, to draw with; without gradients
+    module: nn.Module  # gradients flow through this one, called as a Denoiser; what wants them is trained
+    network: Denoiser  # the same, or what wraps it to train in many processes
+    target: Denoiser  # what it must agree with
+    teacher: Denoiser
+    result: Denoiser  # what it has become, to draw with; without gradients
     config: UNetConfig  # of the result
 
     @property

@@ -28,7 +28,7 @@ from calotype.sampling import grid_for
 from calotype.training.distance import kid
 from calotype.training.draw import Painter, draw
 from calotype.training.features import features, load_features
-from calotype.training.loss import Network
+from calotype.training.loss import Denoiser
 from calotype.training.ranks import Ranks
 from calotype.training.settings import Settings, TrainStep
 from calotype.training.students import Student
@@ -160,7 +160,7 @@ class Validation:
         _save(grid(cells, len(names), column_titles=titles, row_titles=self.prompts[:SHOWN]), self._sheet)
 
 
-def _painter(network: Network, config: UNetConfig, masked: Tensor | None, bf16: bool) -> Painter:
+def _painter(network: Denoiser, config: UNetConfig, masked: Tensor | None, bf16: bool) -> Painter:
     """A network in training as one that draws."""
 
     def drawing(
