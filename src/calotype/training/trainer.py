@@ -28,7 +28,7 @@ from calotype.training.dataset import Dataset, Samples, prepare
 from calotype.training.export import export
 from calotype.training.logs import Log
 from calotype.training.loss import Batch, Objective, consistency_loss
-from calotype.training.ranks import Ranks, process_group, no_sync
+from calotype.training.ranks import Ranks, no_sync, process_group
 from calotype.training.settings import Settings, TrainStep
 from calotype.training.sources import open_source
 from calotype.training.students import FullStudent, LoraStudent, Student, whole
