@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from calotype.nn.unet import Conditioning
 from calotype.training import checkpoint
 from calotype.training.dataset import Samples
-from calotype.training.ranks import Ranks, joined
+from calotype.training.ranks import Ranks, process_group
 from calotype.training.settings import Settings
 from calotype.training.students import whole
 from calotype.training.trainer import State, _fill_moments, make_student, start, train
@@ -66,7 +66,7 @@ def main() -> None:
         learning_rate=1e-5 if options.float32 else 1e-3,
         lr_warmup_steps=1,
     )
-    with joined("cpu") as ranks:
+    with process_group("cpu") as ranks:
         run(options, settings, ranks)
 
 

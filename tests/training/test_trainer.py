@@ -341,6 +341,26 @@ def test_recomputed_activations_give_the_same_gradients(tiny_sd15: Path) -> None
         torch.testing.assert_close(anew, stored)
 
 
+def test_recomputed_activations_are_of_the_network_that_was_called(tiny_sd15: Path) -> None:
+    """Whoever else uses the U-Net before the backward pass; and to them it is the teacher."""
+    parts = load_parts(tiny_sd15)
+    student = make_student(parts, Settings(lora=True, lora_rank=4, gradient_checkpointing=True, ema_decay=0))
+    for parameter in student.parameters:
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, t, conditioning = torch.randn(2, 4, 8, 8), torch.tensor([999, 259]), Conditioning(torch.randn(2, 77, 32))
+    found = []
+    for others in (False, True):
+        out = student.network(x, t, conditioning)
+        if others:
+            with torch.no_grad():
+                own = parts.unet(x, t, conditioning)
+                torch.testing.assert_close(own, student.teacher(x, t, conditioning), rtol=0, atol=0)
+                assert not torch.equal(own, student.target(x, t, conditioning))
+        found.append(torch.autograd.grad(out.square().mean(), student.parameters))
+    for alone, between in zip(*found, strict=True):
+        torch.testing.assert_close(between, alone, rtol=0, atol=0)
+
+
 def test_an_optimizer_that_is_not_installed(tiny_sd15: Path, pictures: Path, tmp_path: Path) -> None:
     assert find_spec("bitsandbytes") is None
     with pytest.raises(UsageError, match="adamw8bit needs bitsandbytes, which is not installed"):

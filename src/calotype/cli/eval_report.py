@@ -83,7 +83,7 @@ def plus_minus(estimate: Estimate, factor: int, digits: int) -> str:
 
 
 def draw_grid(table: Table, prompts: Sequence[str], output: Path) -> None:
-    """A row for each prompt; a column for each of the model's sets, and then the teacher's that they are aimed at."""
+    """A row for each prompt; a column for each of the model's sets, then the teacher's that they are compared with."""
     from calotype.images import grid, to_pil
     from calotype.stills import save
 

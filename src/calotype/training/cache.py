@@ -197,22 +197,22 @@ def _rows(parts: Parts, pictures: Sequence[_Loaded]) -> list[Row | Broken]:
     V, downscale = len(pictures[0].views), parts.vae.config.downscale
     pixels = torch.cat([to_tensor(view) for one in pictures for view, _ in one.views])  # (n V, 3, H, W)
     coded = _latents(parts, pixels)
-    beside = None
+    masked = None
     if inpaints(parts):
         masks = [hole(f"{one.digest} {view}", one.bucket) for one in pictures for view in range(V)]
         hidden = torch.stack([torch.from_numpy(mask.copy()) for mask in masks])[:, None]
         small = hidden[..., ::downscale, ::downscale].to(coded.dtype)  # each latent takes its first pixel, as sampling
         # Grey, 0 in [-1, 1], is what the network knows for hidden; so has diffusers.
-        beside = torch.cat([small, _latents(parts, pixels * ~hidden)], dim=1)
+        masked = torch.cat([small, _latents(parts, pixels * ~hidden)], dim=1)
     found: list[Row | Broken] = []
     for i, one in enumerate(pictures):
         here = slice(i * V, (i + 1) * V)
-        masked = None if beside is None else beside[here]
-        if not is_finite(coded[here]) or not (masked is None or is_finite(masked)):
+        seen = None if masked is None else masked[here]
+        if not is_finite(coded[here]) or not (seen is None or is_finite(seen)):
             found.append(Broken(one.position, one.name, f"{one.name} encodes to numbers that are not finite"))
             continue
         sizes = torch.tensor([(*view.original, *view.crop) for _, view in one.views], dtype=torch.int32)
-        found.append(Row(one.position, coded[here], sizes, masked))
+        found.append(Row(one.position, coded[here], sizes, seen))
     return found
 
 

@@ -69,7 +69,7 @@ def captions_of(row: dict[str, Any]) -> tuple[str, ...]:
     return ()
 
 
-def beside(kind: str, data: bytes, where: str) -> tuple[str, ...]:
+def sidecar(kind: str, data: bytes, where: str) -> tuple[str, ...]:
     """The captions in a file that belongs to one picture, by its ending; empty where a JSON has none.
 
     Raises UsageError.

@@ -235,7 +235,7 @@ def _ours(facts: Facts) -> Iterator[str]:
 
 def _theirs(facts: Facts) -> Iterator[str]:
     lora = facts.settings["lora"]
-    scheduler, beside, call = PEERS[facts.settings["sampler"]]
+    scheduler, options, call = PEERS[facts.settings["sampler"]]
     single = lora and facts.base.endswith(".safetensors")
     loader = _pipeline_of(facts) if single else "DiffusionPipeline"
     yield "import torch"
@@ -246,7 +246,7 @@ def _theirs(facts: Facts) -> Iterator[str]:
     base = facts.base.partition("@")[0] if lora else facts.name
     yield f"pipe = {loader}.from_{'single_file' if single else 'pretrained'}({_text(base)})"
     if lora:
-        arguments = "".join(f", {name}={value!r}" for name, value in beside.items()).replace("'", '"')
+        arguments = "".join(f", {name}={value!r}" for name, value in options.items()).replace("'", '"')
         yield f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{arguments})"
         yield f'pipe.load_lora_weights({_text(facts.name)}, weight_name="pytorch_lora_weights.safetensors")'
     how: dict[str, object] = {"num_inference_steps": facts.steps, "guidance_scale": facts.guidance, **call}

@@ -43,7 +43,7 @@ def write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping
             temporary.mkdir(parents=True)
         except OSError as error:
             problem = error.strerror or str(error)
-    problem = ranks.said_by_first(problem)
+    problem = ranks.broadcast(problem)
     if problem is None:
         try:
             writer = HuggingFaceStorageWriter(str(temporary), _files(tensors), save_distributed=True)
@@ -56,7 +56,7 @@ def write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping
                 _sync(folder)
         except (OSError, CheckpointException) as error:
             problem = _reason(error)
-    problem = ranks.said_by_first(problem)
+    problem = ranks.broadcast(problem)
     if problem is not None:
         if ranks.first:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -102,7 +102,7 @@ class Dataset:
             mirrored = bool(rng.integers(2)) and self.flip
             rows.append(self.pictures.row(bucket, int(places[i]), int(mirrored)))
             names.append(example.name)
-        masked = [beside.float() for _, _, beside in rows if beside is not None]
+        masked = [each.float() for _, _, each in rows if each is not None]
         text, null = self._conditioning(texts, torch.stack([sizes for _, sizes, _ in rows]), bucket)
         latents = torch.stack([latents.float() for latents, _, _ in rows])
         return Samples(latents, text, null, torch.stack(masked) if masked else None, tuple(names))

@@ -72,7 +72,7 @@ class Row(Drawn):
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The result: what was aimed at, the rows, the floors among them, and the first pictures of each set."""
+    """The result: the references, the rows, the floors among them, and the first pictures of each set."""
 
     targets: tuple[Drawn, ...]  # the teacher's pictures that all others are compared with, for each of its guidances
     rows: tuple[Row, ...]
@@ -132,30 +132,30 @@ def evaluate(
     own = samplers or (student.defaults.sampler,)
     teacher = replace(teacher, schedule=replace(teacher.schedule, spacing="trailing"))
     seeds = tuple(range(seed, seed + len(prompts)))
-    aim = Series(teacher, "ddim", TEACHER_STEPS, pairs[0][1], tuple(prompts), seeds)
-    plan = _plan(aim, student, list(dict.fromkeys(own)), pairs, steps)
+    base = Series(teacher, "ddim", TEACHER_STEPS, pairs[0][1], tuple(prompts), seeds)
+    plan = _plan(base, student, list(dict.fromkeys(own)), pairs, steps)
     for group in plan:
-        for series in (group.aim, *(each.series for each in group.rivals)):
+        for series in (group.reference, *(each.series for each in group.candidates)):
             assert series.grid  # every number of steps is allowed: better to know now than in half an hour
 
     for parts in (student, teacher):  # weights are read and kernels chosen: no row should pay for that
-        replace(aim, parts=parts, steps=1).shards(batch)[0].draw()
-    eye = _Eye(load_features(), judge, None if judge is None else judge.texts(prompts), batch)
+        replace(base, parts=parts, steps=1).shards(batch)[0].draw()
+    extractor = _Extractor(load_features(), judge, None if judge is None else judge.texts(prompts), batch)
     model = fingerprint(teacher)
     targets: list[Drawn] = []
     rows: list[Row] = []
     examples: dict[str, Tensor] = {}
     for group in plan:
-        wanted = yield from eye.measure(named([group.title], TEACHER_STEPS), group.aim, cache, model)
-        floor = yield from eye.measure(f"{group.title}, other seeds", group.floor, cache, model)
-        least = kid(floor.features, wanted.features, paired=True)
-        targets.append(wanted.drawn)
-        examples[wanted.drawn.name] = wanted.examples
-        rows.append(_row("floor", floor, wanted, least))
-        for rival in group.rivals:
-            measured = yield from eye.measure(rival.name, rival.series)
-            rows.append(_row(rival.model, measured, wanted, least))
-            examples[rival.name] = measured.examples
+        reference = yield from extractor.measure(named([group.title], TEACHER_STEPS), group.reference, cache, model)
+        floor = yield from extractor.measure(f"{group.title}, other seeds", group.floor, cache, model)
+        least = kid(floor.features, reference.features, paired=True)
+        targets.append(reference.drawn)
+        examples[reference.drawn.name] = reference.examples
+        rows.append(_row("floor", floor, reference, least))
+        for candidate in group.candidates:
+            measured = yield from extractor.measure(candidate.name, candidate.series)
+            rows.append(_row(candidate.model, measured, reference, least))
+            examples[candidate.name] = measured.examples
     yield Table(tuple(targets), tuple(rows), len(prompts), batch, examples)
 
 
@@ -163,7 +163,7 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class _Rival:
+class _Candidate:
     model: str
     name: str
     series: Series
@@ -174,12 +174,12 @@ class _Group:
     """All that is compared with the teacher's pictures at one guidance."""
 
     title: str  # how the teacher's names begin
-    aim: Series
-    rivals: list[_Rival]
+    reference: Series
+    candidates: list[_Candidate]
 
     @property
     def floor(self) -> Series:
-        return replace(self.aim, seeds=tuple(each + OTHER_SEEDS for each in self.aim.seeds))
+        return replace(self.reference, seeds=tuple(each + OTHER_SEEDS for each in self.reference.seeds))
 
 
 def _pairs(own: Sequence[float], teachers: Sequence[float]) -> list[tuple[float, float]]:
@@ -194,14 +194,14 @@ def _pairs(own: Sequence[float], teachers: Sequence[float]) -> list[tuple[float,
 
 
 def _plan(
-    aim: Series, student: Parts, samplers: Sequence[str], pairs: Sequence[tuple[float, float]], steps: Sequence[int]
+    base: Series, student: Parts, samplers: Sequence[str], pairs: Sequence[tuple[float, float]], steps: Sequence[int]
 ) -> list[_Group]:
     """The groups, in order. A name says what its set does not share with all others."""
     own, teachers = {pair[0] for pair in pairs}, list(dict.fromkeys(pair[1] for pair in pairs))
     groups = []
     for target in teachers:
         title = f"teacher, guidance {target:g}" if len(teachers) > 1 else "teacher"
-        here, rivals = replace(aim, guidance=target), []
+        here, candidates = replace(base, guidance=target), []
         for sampler, (guidance, other) in itertools.product(samplers, pairs):
             if other != target:
                 continue
@@ -209,10 +209,10 @@ def _plan(
             words += [sampler] if len(samplers) > 1 else []
             words += [f"guidance {guidance:g}"] if len(own) > 1 else []
             words += [f"teacher at {target:g}"] if len(teachers) > 1 and guidance != target else []
-            series = replace(aim, parts=student, sampler=sampler, guidance=guidance)
-            rivals += [_Rival("student", named(words, n), replace(series, steps=n)) for n in steps]
-        rivals += [_Rival("teacher", named([title], n), replace(here, steps=n)) for n in steps]
-        groups.append(_Group(title, here, rivals))
+            series = replace(base, parts=student, sampler=sampler, guidance=guidance)
+            candidates += [_Candidate("student", named(words, n), replace(series, steps=n)) for n in steps]
+        candidates += [_Candidate("teacher", named([title], n), replace(here, steps=n)) for n in steps]
+        groups.append(_Group(title, here, candidates))
     return groups
 
 
@@ -232,8 +232,8 @@ class _Measured:
 
 
 @dataclass(frozen=True, eq=False)
-class _Eye:
-    """What looks at pictures."""
+class _Extractor:
+    """Pictures to features."""
 
     net: FeatureNet
     judge: Judge | None
@@ -272,15 +272,15 @@ class _Eye:
         return _Measured(drawn, torch.cat(rows), embeddings, torch.cat(examples))
 
 
-def _row(model: str, measured: _Measured, wanted: _Measured, floor: Estimate) -> Row:
-    distance = kid(measured.features, wanted.features, paired=True)
-    both = (measured.embeddings, wanted.embeddings)
+def _row(model: str, measured: _Measured, reference: _Measured, floor: Estimate) -> Row:
+    distance = kid(measured.features, reference.features, paired=True)
+    both = (measured.embeddings, reference.embeddings)
     return Row(
         **vars(measured.drawn),
         model=model,
-        teacher_guidance=wanted.drawn.guidance,
+        teacher_guidance=reference.drawn.guidance,
         distance=distance,
         above_floor=distance - floor,
-        paired=paired_distance(measured.features, wanted.features),
+        paired=paired_distance(measured.features, reference.features),
         fid_clip=None if both[0] is None or both[1] is None else frechet(both[0], both[1]),
     )

@@ -102,8 +102,8 @@ def export_model(parts: Parts, unet: UNet, output: Path, run: Run, dtype: torch.
 
 def _scheduler(parts: Parts, settings: Mapping[str, Any]) -> dict[str, Any]:
     """diffusers' scheduler for the sampler that the student is for, on the teacher's noise levels."""
-    kind, beside, _ = PEERS[settings["sampler"]]
-    own = beside if beside else CONSISTENCY | {"original_inference_steps": settings["num_ddim_timesteps"]}
+    kind, options, _ = PEERS[settings["sampler"]]
+    own = options if options else CONSISTENCY | {"original_inference_steps": settings["num_ddim_timesteps"]}
     config = {
         "_class_name": kind,
         **own,

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from calotype.errors import UsageError
-from calotype.training.captions import LISTS, TEXTS, Entry, beside, entries, read_bytes
+from calotype.training.captions import LISTS, TEXTS, Entry, entries, read_bytes, sidecar
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
 ABSOLUTE = re.compile(r"/|[A-Za-z]:/")
@@ -130,7 +130,7 @@ def _beside(
                 continue
             path = folder / found[kind]
             try:
-                captions = beside(kind, read_bytes(path), str(path))
+                captions = sidecar(kind, read_bytes(path), str(path))
             except UsageError:
                 if picture not in source:
                     raise

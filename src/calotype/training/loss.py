@@ -1,7 +1,7 @@
 """Consistency distillation as one pure function (Luo et al. 2023, Latent consistency models, arXiv 2310.04378, Alg. 1).
 
-Shapes: B pictures, latents (B, C, h, w). A network is anything called as `network(x, t, conditioning)`; it returns what
-its schedule says it predicts (noise, velocity or the clean latent). Paper and code use the same letters: w is the
+Shapes: B pictures, latents (B, C, h, w). A denoiser is anything called as `network(x, t, conditioning)`; it returns
+what its schedule says it predicts (noise, velocity or the clean latent). Paper and code use the same letters: w is the
 guidance scale of the paper (diffusers' guidance_scale is w + 1), k the skipping step, c the pseudo-Huber constant.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from calotype.nn.unet import Conditioning
 from calotype.schedule import NoiseSchedule, boundary_scalings
 
-Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
+Denoiser = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Objective:
 
 
 def consistency_function(
-    network: Network, schedule: NoiseSchedule, x: Tensor, t: Tensor, conditioning: Conditioning
+    network: Denoiser, schedule: NoiseSchedule, x: Tensor, t: Tensor, conditioning: Conditioning
 ) -> Tensor:
     """f(x, t): the clean latent that x at t leads to (Equation 9), exactly x itself at t = 0."""
     c_skip, c_out = (expand(c, x) for c in boundary_scalings(t))
@@ -55,7 +55,7 @@ def consistency_function(
 
 
 def trajectory_function(
-    network: Network, schedule: NoiseSchedule, x: Tensor, t: Tensor, s: Tensor, conditioning: Conditioning
+    network: Denoiser, schedule: NoiseSchedule, x: Tensor, t: Tensor, s: Tensor, conditioning: Conditioning
 ) -> Tensor:
     """f(x, t, s): where x at t comes to at the timestep s, in one step of DDIM; exactly x itself at s = t.
 
@@ -79,7 +79,7 @@ def phase_end(schedule: NoiseSchedule, t: Tensor, phases: int) -> Tensor:
 
 
 def teacher_step(
-    teacher: Network, schedule: NoiseSchedule, x: Tensor, t: Tensor, t_next: Tensor, batch: Batch
+    teacher: Denoiser, schedule: NoiseSchedule, x: Tensor, t: Tensor, t_next: Tensor, batch: Batch
 ) -> Tensor:
     """One DDIM step of the guided teacher from t to t_next (Equations 13, 14; Song et al. 2020, 2010.02502, Eq. 12).
 
@@ -98,9 +98,9 @@ def teacher_step(
 
 
 def consistency_loss(
-    student: Network,
-    target: Network,
-    teacher: Network,
+    student: Denoiser,
+    target: Denoiser,
+    teacher: Denoiser,
     schedule: NoiseSchedule,
     batch: Batch,
     objective: Objective = Objective(),
@@ -108,7 +108,7 @@ def consistency_loss(
     """The distillation loss of each example (B,): the student at t must agree with the target one solver step on.
 
     `target` is the student's moving average (or the student itself), `teacher` the guided model; gradients flow through
-    the student alone, which is called last, and once. k (`skip`) is how many timesteps the solver jumps: the further,
+    the student alone, which is called once. k (`skip`) is how many timesteps the solver jumps: the further,
     the sooner what is known near the clean end reaches the noisy end, and the coarser the path, unless the solver goes
     it in several `substeps`.
 
@@ -127,9 +127,9 @@ def consistency_loss(
         assert batch.share is not None
         end = (batch.share * (t_next + 1)).long()
     conditioning = replace(batch.conditioning, w=batch.w)
-    student, target, teacher = (_beside(network, batch.masked) for network in (student, target, teacher))
+    student, target, teacher = (_with_mask(network, batch.masked) for network in (student, target, teacher))
 
-    def ask(network: Network, x: Tensor, t: Tensor) -> Tensor:
+    def ask(network: Denoiser, x: Tensor, t: Tensor) -> Tensor:
         if objective.kind in ("lcd", "lcf"):
             return consistency_function(network, schedule, x, t, conditioning)
         return trajectory_function(network, schedule, x, t, end, conditioning)
@@ -150,7 +150,7 @@ def consistency_loss(
     return error.flatten(1).mean(dim=1)
 
 
-def _beside(network: Network, masked: Tensor | None) -> Network:
+def _with_mask(network: Denoiser, masked: Tensor | None) -> Denoiser:
     """The network of an inpainting model: it sees the mask and the masked picture beside x."""
     if masked is None:
         return network

@@ -41,7 +41,7 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
-    def total(self, values: Sequence[float]) -> list[float]:
+    def all_reduce(self, values: Sequence[float]) -> list[float]:
         """The sum of each number over all processes."""
         if self.world == 1:
             return list(values)
@@ -50,15 +50,15 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def said_by_first(self, value: T) -> T:
-        """What the first process has."""
+    def broadcast(self, value: T) -> T:
+        """The value of the first process."""
         if self.world == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gathered(self, rows: Tensor) -> Tensor:
+    def all_gather(self, rows: Tensor) -> Tensor:
         """The rows of all processes, in order; each has as many."""
         if self.world == 1:
             return rows
@@ -66,20 +66,20 @@ class Ranks:
         dist.all_gather(pieces, rows.to(self.device).contiguous())
         return torch.cat(pieces).to(rows.device)
 
-    def averaging(self, module: nn.Module) -> nn.Module:
+    def data_parallel(self, module: nn.Module) -> nn.Module:
         """The module, whose gradients become the average over all processes."""
         if self.world == 1:
             return module
         return DistributedDataParallel(module, device_ids=[self.device] if self.device.type == "cuda" else None)
 
 
-def without_exchange(network: object) -> AbstractContextManager[None]:
+def no_sync(network: object) -> AbstractContextManager[None]:
     """Within it gradients add up in each process alone: for all parts of an accumulated batch but the last."""
     return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
+def process_group(device: str) -> Iterator[Ranks]:
     """This process' place among those that were started together, by the environment that torchrun sets.
 
     Raises UsageError for a device that is not there.

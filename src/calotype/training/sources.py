@@ -18,7 +18,7 @@ from typing import Any
 
 from calotype import atomic
 from calotype.errors import OutputError, UsageError
-from calotype.training.captions import LISTS, TEXTS, beside, read_text
+from calotype.training.captions import LISTS, TEXTS, read_text, sidecar
 from calotype.training.captions import prompts as in_jsonl
 from calotype.training.folders import PICTURES, Left, left_alone, search, visible
 
@@ -253,7 +253,7 @@ def _described(tar: Path, file: int, sample: _Sample) -> Sequence[str]:
     for kind in (*TEXTS, "json"):
         if kind in sample:
             member = sample[kind]
-            return beside(kind, os.pread(file, member.size, member.offset_data), f"{tar}:{member.name}")
+            return sidecar(kind, os.pread(file, member.size, member.offset_data), f"{tar}:{member.name}")
     return ()
 
 

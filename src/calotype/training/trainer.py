@@ -28,7 +28,7 @@ from calotype.training.dataset import Dataset, Samples, prepare
 from calotype.training.export import export
 from calotype.training.logs import Log
 from calotype.training.loss import Batch, Objective, consistency_loss
-from calotype.training.ranks import Ranks, joined, without_exchange
+from calotype.training.ranks import Ranks, no_sync, process_group
 from calotype.training.settings import Settings, TrainStep
 from calotype.training.sources import open_source
 from calotype.training.students import FullStudent, LoraStudent, Student, whole
@@ -107,7 +107,7 @@ def distill(
         raise UsageError(f"dtype is {dtype!r}: must be one of {', '.join(DTYPES)}")
     if student is not None and chosen.lora:
         raise UsageError("a LoRA has no student to go on from", hint="leave out student, or lora")
-    with joined(device) as ranks:
+    with process_group(device) as ranks:
         if chosen.fsdp and ranks.world == 1:
             raise UsageError("fsdp takes several processes", hint="start it with torchrun --nproc-per-node N")
         output = Path(output)
@@ -132,7 +132,7 @@ def distill(
 
         first = None if student is None else load_parts(str(student), offline=offline, device=ranks.device).unet
         state = start(make_student(parts, chosen, first), chosen, ranks)
-        found = ranks.said_by_first(checkpoint.newest(output / "checkpoints") if ranks.first and resume else None)
+        found = ranks.broadcast(checkpoint.newest(output / "checkpoints") if ranks.first and resume else None)
         if found is not None:
             _restore(state, found, chosen, ranks)
         yield from _run(state, parts, dataset, chosen, output, ranks, stop)
@@ -168,7 +168,7 @@ def start(student: Student, settings: Settings, ranks: Ranks) -> State:
         assert isinstance(student, FullStudent)
         student.shard()
     else:
-        student.network = ranks.averaging(student.module)
+        student.network = ranks.data_parallel(student.module)
     history = [{"from_step": 0, "processes": ranks.world, **asdict(settings)}]
     return State(student, _optimizer(student, settings), history)
 
@@ -214,7 +214,7 @@ def _run(
             log.write(report)
             yield report
             last = report.step == settings.max_train_steps
-            told = ranks.total([float(stop())])[0] > 0
+            told = ranks.all_reduce([float(stop())])[0] > 0
             due = report.step % settings.checkpointing_steps == 0 or last or told
             if validation is not None and (report.step % validation.every == 0 or last):
                 for found in validation.measure(report.step):
@@ -266,7 +266,7 @@ def train(
             samples = dataset.samples(settings.seed, state.step, size, here)
             batch = make_batch(samples, settings, state.step * size + here.start, trained[0])
             with (
-                nullcontext() if part + 1 == parts else without_exchange(student.network),
+                nullcontext() if part + 1 == parts else no_sync(student.network),
                 torch.autocast(ranks.device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16"),
             ):
                 losses = consistency_loss(student.network, student.target, student.teacher, schedule, batch, objective)
@@ -275,7 +275,7 @@ def train(
                 names.append(samples.names[int((~finite).int().argmax())])
             total += float(losses.detach().sum())
             (losses.mean() / parts).backward()  # type: ignore[no-untyped-call]
-        loss, bad = ranks.total([total, float(len(names))])
+        loss, bad = ranks.all_reduce([total, float(len(names))])
         if bad:
             where = f"on {names[0]!r} " if names else "in another process "
             raise CalotypeError(

@@ -28,7 +28,7 @@ from calotype.sampling import grid_for
 from calotype.training.distance import kid
 from calotype.training.draw import Painter, draw
 from calotype.training.features import features, load_features
-from calotype.training.loss import Network
+from calotype.training.loss import Denoiser
 from calotype.training.ranks import Ranks
 from calotype.training.settings import Settings, TrainStep
 from calotype.training.students import Student
@@ -106,13 +106,13 @@ class Validation:
     def start(self) -> Iterator[int]:
         """Draws the teacher's pictures, unless an earlier start of the run has; yields how many there are so far."""
         file = self._folder / "teacher.safetensors"
-        pictures = self._ranks.said_by_first(_stored(file).get("pictures"))
+        pictures = self._ranks.broadcast(_stored(file).get("pictures"))
         if pictures is None or len(pictures) != len(self.prompts):
             drawn = []
             for piece in self._draw(self._teacher, "ddim", self._settings.teacher_steps, self.guidance):
                 drawn.append(piece)
                 yield sum(map(len, drawn)) * self._ranks.world
-            pictures = self._ranks.gathered(torch.cat(drawn))
+            pictures = self._ranks.all_gather(torch.cat(drawn))
             if self._ranks.first:
                 _store(file, {"pictures": pictures})
         self._wanted = features(self._net, pictures)
@@ -128,7 +128,7 @@ class Validation:
         for piece in self._draw(self._student, self._settings.sampler, count, guidance):
             drawn.append(piece)
             yield sum(map(len, drawn)) * self._ranks.world
-        pictures = self._ranks.gathered(torch.cat(drawn))
+        pictures = self._ranks.all_gather(torch.cat(drawn))
         distance = kid(features(self._net, pictures), self._wanted, paired=True)
         self._shown = {name: tiles for name, tiles in self._shown.items() if name == "teacher" or int(name) < step}
         self._shown[str(step)] = _tiles(pictures)
@@ -160,7 +160,7 @@ class Validation:
         _save(grid(cells, len(names), column_titles=titles, row_titles=self.prompts[:SHOWN]), self._sheet)
 
 
-def _painter(network: Network, config: UNetConfig, masked: Tensor | None, bf16: bool) -> Painter:
+def _painter(network: Denoiser, config: UNetConfig, masked: Tensor | None, bf16: bool) -> Painter:
     """A network in training as one that draws."""
 
     def drawing(
