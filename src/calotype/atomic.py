@@ -24,6 +24,14 @@ def write(path: Path, content: bytes) -> None:
         raise OutputError(f"{str(path)!r} cannot be written: {error}") from error
 
 
+def make_folder(path: Path) -> None:
+    """The folder, and those it is in, where they are not there yet. Raises OutputError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{str(path)!r} cannot be made: {error.strerror or error}", "choose another place") from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write a file to, which takes the place of `path` in the end; where that fails, nothing is left of it.

@@ -7,6 +7,8 @@ CalotypeError              exit 1   any failure that we can explain
 │   └── UnsafeFileError    exit 1   a file format that can run code when it is read
 └── OutputError            exit 1   the result cannot be written
 
+The command line exits with 130 on Ctrl-C and 143 on SIGTERM: 128 and the signal's number.
+
 CalotypeWarning is for what goes on but may surprise, such as a guidance scale outside the trained range.
 """
 

@@ -10,7 +10,13 @@ from PIL import Image
 from test_sources import jpeg, members, write_tar
 
 from calotype.errors import UsageError
-from calotype.training.check import Report, check, checking
+from calotype.training.check import DataReport, checking
+
+
+def check(path: Path, resolution: int, buckets: bool = True) -> DataReport:
+    *_, report = checking(path, resolution, buckets=buckets)
+    assert isinstance(report, DataReport)
+    return report
 
 
 @pytest.fixture
@@ -87,7 +93,7 @@ def test_one_broken_in_a_hundred_passes(tmp_path: Path) -> None:
     write_tar(tmp_path / "s.tar", [*members(*range(99)), ("x.jpg", jpeg()[:300]), ("x.txt", b"broken")])
     *counts, report = checking(tmp_path / "s.tar", 64, unit=16, cache=tmp_path / "cache")
     assert counts == [64, 100]
-    assert isinstance(report, Report)
+    assert isinstance(report, DataReport)
     assert report.passes
     assert [name for name, _ in report.broken] == ["s.tar:x.jpg"]
     assert len(report.duplicates[0]) == 99

@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             command = typer.main.get_command(app)
             code = command.main(arguments, prog_name="calotype", standalone_mode=False, obj=state)
-            interruption.check()
+            interruption.raise_pending()
             _flush_stdout()
         except (BrokenPipeError, SystemExit):  # the reader of stdout went away; typer makes that a SystemExit
             return 1

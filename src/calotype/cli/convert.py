@@ -10,8 +10,6 @@ import typer
 from calotype.cli.report import printable
 from calotype.errors import UsageError
 
-DTYPES = ("float32", "float16", "bfloat16")
-
 
 def convert(
     model: Annotated[
@@ -22,7 +20,7 @@ def convert(
         Path, typer.Argument(help="A name that ends in .safetensors, or a folder's.", metavar="OUT", show_default=False)
     ],
     dtype: Annotated[
-        str | None, typer.Option(help=f"Write the weights as {', '.join(DTYPES)}.", show_default=False)
+        str | None, typer.Option(help="Write the weights as float32, bfloat16, float16.", show_default=False)
     ] = None,
     half: Annotated[bool, typer.Option("--half", help="The same as --dtype float16.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
@@ -46,18 +44,18 @@ def convert(
     if half and dtype not in (None, "float16"):
         raise UsageError(f"--half and --dtype {dtype} contradict each other", "give one of them")
     chosen = "float16" if half else dtype
-    if chosen is not None and chosen not in DTYPES:
-        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not {chosen!r}")
     if prediction not in (None, "epsilon", "v_prediction", "sample"):
         raise UsageError(f"--prediction must be one of epsilon, v_prediction, sample, not {prediction!r}")
 
-    from calotype import precision
+    from calotype.precision import DTYPES
     from calotype.weights.convert import convert as write
 
+    if chosen is not None and chosen not in DTYPES:
+        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not {chosen!r}")
     written = write(
         model,
         output,
-        dtype=None if chosen is None else precision.DTYPES[chosen],
+        dtype=None if chosen is None else DTYPES[chosen],
         force=force,
         variant=variant,
         revision=revision,

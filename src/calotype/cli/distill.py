@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from calotype.cli import parse
-from calotype.cli.progress import Report, progress
+from calotype.cli.progress import Show, progress
 from calotype.errors import UsageError
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ def distill(
         print(output)
 
 
-def follow(run: Iterator[TrainStep], show: Report, signals: Signals, quiet: bool) -> None:
+def follow(run: Iterator[TrainStep], show: Show, signals: Signals, quiet: bool) -> None:
     """Draws the progress of a run until it ends. Raises what a signal asks for, once the run is saved."""
     first: tuple[int, float] | None = None
     distance = ""
@@ -344,13 +344,13 @@ def interruptible() -> Iterator[Signals]:
 
 def report(path: Path, resolution: int | None, buckets: bool, as_json: bool, quiet: bool) -> None:
     """Prints what is in DATA. Raises UsageError where training would refuse it."""
-    from calotype.training.check import Report, checking
+    from calotype.training.check import DataReport, checking
 
     side = 512 if resolution is None else resolution
     with progress(quiet=quiet) as show:
         found = None
         for step in checking(path, side, buckets=buckets):
-            if isinstance(step, Report):
+            if isinstance(step, DataReport):
                 found = step
             else:
                 show(f"reading pictures: {step}", step)

@@ -15,7 +15,7 @@ import typer
 
 from calotype.cli import adapters, destination
 from calotype.cli import eval_report as report
-from calotype.cli.progress import Report, progress
+from calotype.cli.progress import Show, progress
 from calotype.description import Description
 from calotype.errors import UsageError
 
@@ -98,7 +98,7 @@ def evaluate(
     asked = trained([each["ref"] for each in added.values()]) | given(sampler, guidance, teacher_guidance)
     counts = parse_steps(steps)
     texts = read_prompts(prompts if prompts is not None else find_prompts(teacher, teacher_unet), samples)
-    check(texts, counts, asked, seed)
+    check_requests(texts, counts, asked, seed)
     if output is not None:
         destination.check(output, 1)
     folder = default_cache() if cache is None else cache
@@ -121,7 +121,7 @@ def evaluate(
 
 
 def fast(parts: Parts) -> Parts:
-    """Convolutions are a tenth quicker on a CPU with the channels last in memory."""
+    """Channels last in memory: quicker convolutions on a CPU, which round differently (docs/notes/seams.md)."""
     import torch
 
     parts.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -129,14 +129,14 @@ def fast(parts: Parts) -> Parts:
     return parts
 
 
-def load_judge(folder: Path, beside: Parts) -> Judge:
-    """The CLIP of a folder, on the device of a model. CheckpointError."""
+def load_judge(folder: Path, teacher: Parts) -> Judge:
+    """The CLIP of a folder, on the teacher's device. CheckpointError."""
     from calotype.training.clip import Judge
 
-    return Judge.load(folder, beside.device)
+    return Judge.load(folder, teacher.device)
 
 
-def measure(student: Parts, teacher: Parts, prompts: Sequence[str], options: dict[str, Any], show: Report) -> Table:
+def measure(student: Parts, teacher: Parts, prompts: Sequence[str], options: dict[str, Any], show: Show) -> Table:
     """Runs the evaluation to its end, showing where it is. `options` are those of training.evaluate."""
     from calotype.training import evaluate as training
 
@@ -225,7 +225,7 @@ def read_prompts(path: Path, count: int) -> list[str]:
     return list(itertools.islice(itertools.cycle(found), count))
 
 
-def check(prompts: Sequence[str], steps: Sequence[int], asked: Asked, seed: int) -> None:
+def check_requests(prompts: Sequence[str], steps: Sequence[int], asked: Asked, seed: int) -> None:
     """Raises UsageError for what no request may have, before anything is loaded."""
     from calotype.request import Request
 

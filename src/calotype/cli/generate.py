@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from calotype.cli import adapters, destination, parse, report
-from calotype.cli.progress import Report, progress
+from calotype.cli.progress import Show, progress
 from calotype.cli.show import recorded
 from calotype.description import Description
 from calotype.errors import CalotypeWarning, UsageError
@@ -227,7 +227,7 @@ def job_like(path: Path, fields: dict[str, Any], models: dict[str, Any], extras:
     return Job(replace(request, **fields), given(**made.model) | models, added, index)
 
 
-def load(models: dict[str, Any], added: Description, show: Report) -> tuple[Engine, float]:
+def load(models: dict[str, Any], added: Description, show: Show) -> tuple[Engine, float]:
     """The engine with its adapters, and the seconds that loading it took, torch's import among them."""
     import calotype
 
@@ -252,7 +252,7 @@ def uncollected() -> Iterator[None]:
         gc.enable()
 
 
-def develop(engine: Engine, request: Request, show: Report) -> Result:
+def develop(engine: Engine, request: Request, show: Show) -> Result:
     """Runs the request to its end; the generator `engine.stream` returns the result after its last step."""
     for note in engine.notes(request):
         report.note(note)

@@ -41,11 +41,11 @@ class Interruption:
         def profile(at: FrameType, event: str, value: object) -> None:
             if at is importing and event == "return":
                 sys.setprofile(None)
-                self.check()
+                self.raise_pending()
 
         sys.setprofile(profile)
 
-    def check(self) -> None:
+    def raise_pending(self) -> None:
         """Raises what arrived, if anything did: a destructor or the like may have swallowed it."""
         if self.error is not None:
             raise self.error

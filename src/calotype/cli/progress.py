@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Protocol
 
 
-class Report(Protocol):
-    """report(stage): what happens now. report(stage, done, total): and how far it is."""
+class Show(Protocol):
+    """show(stage): what happens now. show(stage, done, total): and how far it is."""
 
     def __call__(self, stage: str, done: int = 0, total: int | None = None) -> None: ...
 
@@ -19,7 +19,7 @@ def _silent(stage: str, done: int = 0, total: int | None = None) -> None:
 
 
 @contextmanager
-def progress(*, quiet: bool) -> Iterator[Report]:
+def progress(*, quiet: bool) -> Iterator[Show]:
     """Yields the function that shows a stage; what it drew is wiped when the block ends, however it ends."""
     if quiet or not sys.stderr.isatty():
         yield _silent

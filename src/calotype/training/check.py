@@ -23,7 +23,7 @@ SHOWN = 10  # names in the report for people; JSON has all
 
 
 @dataclass(frozen=True)
-class Report:
+class DataReport:
     """What DATA holds. Sizes are (height, width) in pixels."""
 
     path: str
@@ -99,17 +99,10 @@ def _listed(title: str, entries: Sequence[str]) -> list[str]:
     return [f"{title}: {len(entries)}", *(f"  {entry}" for entry in entries[:SHOWN]), *more]
 
 
-def check(path: Path, resolution: int, unit: int = 64, buckets: bool = True, cache: Path | None = None) -> Report:
-    """Decodes every picture of DATA and says what was found; see `checking`."""
-    *_, report = checking(path, resolution, unit, buckets, cache)
-    assert isinstance(report, Report)
-    return report
-
-
 def checking(
     path: Path, resolution: int, unit: int = 64, buckets: bool = True, cache: Path | None = None
-) -> Iterator[int | Report]:
-    """Yields how many pictures are looked at so far, at last the Report.
+) -> Iterator[int | DataReport]:
+    """Decodes every picture of DATA. Yields how many are looked at so far, at last the DataReport.
 
     unit: what the sides of a bucket are multiples of. cache: a folder for the indices of tars. Raises UsageError where
     there is nothing to train on, as training would.
@@ -146,7 +139,7 @@ def _look(example: Example, sizes: Sequence[Size]) -> _Seen:
     return _Seen(example.name, digest, view.original, (picture.height, picture.width))
 
 
-def _report(source: Source, seen: Sequence[_Seen], resolution: int) -> Report:
+def _report(source: Source, seen: Sequence[_Seen], resolution: int) -> DataReport:
     captions = source.prompts or tuple(caption for example in source.examples for caption in example.captions)
     words = [len(caption.split()) for caption in captions]
     whole = [(one.size, one.bucket) for one in seen if one.size is not None and one.bucket is not None]
@@ -155,7 +148,7 @@ def _report(source: Source, seen: Sequence[_Seen], resolution: int) -> Report:
     for one in seen:
         if one.digest is not None:
             same.setdefault(one.digest, []).append(one.name)
-    return Report(
+    return DataReport(
         path=str(source.path),
         resolution=resolution,
         examples=len(source.examples),

@@ -35,6 +35,7 @@ NAME = re.compile(r"step-(\d{8})")
 def write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], ranks: Ranks) -> Path:
     """Writes the checkpoint of a step into `folder`, whole or not at all. All ranks call it. Raises OutputError."""
     path = folder / f"step-{step:08d}"
+    # By a name that all ranks know, and that finds what a killed run has left: calotype.atomic has neither.
     temporary = path.with_name(f"{path.name}.part")
     problem = None
     if ranks.first:

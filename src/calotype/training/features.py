@@ -86,7 +86,8 @@ def load_features(folder: Path = SHIPPED) -> FeatureNet:
     net = FeatureNet(FeatureConfig(size=fields["size"], channels=tuple(fields["channels"])))
     weights = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
     net.load_state_dict(weights)
-    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net.eval().requires_grad_(False)
 
 
 @torch.inference_mode()

@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from calotype.errors import CalotypeWarning, CheckpointError, OutputError, UsageError
+from calotype.atomic import make_folder
+from calotype.errors import CalotypeWarning, CheckpointError, UsageError
 from calotype.training.pictures import Size, too_many
 from calotype.weights.files import read
 from calotype.weights.write import Pending, write_safetensors
@@ -76,13 +77,6 @@ class Cache(ABC):
 
     def _ranges(self) -> list[range]:
         return [range(start, min(start + SHARD, self._count)) for start in range(0, self._count, SHARD)]
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{str(folder)!r} cannot be made: {error.strerror}", "choose another place") from error
 
 
 def load(path: Path) -> Contents:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from calotype import atomic
-from calotype.errors import OutputError, UsageError
+from calotype.errors import UsageError
 from calotype.training.captions import LISTS, TEXTS, read_text, sidecar
 from calotype.training.captions import prompts as in_jsonl
 from calotype.training.folders import PICTURES, Left, left_alone, search, visible
@@ -176,10 +176,7 @@ def _indexed(tar: Path, cache: Path | None) -> dict[str, Any]:
 
 def write_json(file: Path, value: object) -> None:
     """Whole or not at all, also where several processes write the same. Raises OutputError."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{str(file)!r} cannot be written: {_reason(error)}", "choose another place") from error
+    atomic.make_folder(file.parent)
     atomic.write(file, json.dumps(value).encode())
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calotype.errors import CalotypeError, CalotypeWarning, CheckpointError, OutputError, UsageError
+from calotype.atomic import make_folder
+from calotype.errors import CalotypeError, CalotypeWarning, CheckpointError, UsageError
 from calotype.parts import Parts
 from calotype.precision import DTYPES, warn_of_emulation
 from calotype.schedule import NoiseSchedule
@@ -181,7 +182,8 @@ def _optimizer(student: Student, settings: Settings) -> torch.optim.Optimizer:
         except ImportError:
             message = "adamw8bit needs bitsandbytes, which is not installed"
             raise UsageError(message, "pip install bitsandbytes") from None
-        return AdamW8bit(student.parameters, **options)  # type: ignore[no-any-return]
+        optimizer: torch.optim.Optimizer = AdamW8bit(student.parameters, **options)
+        return optimizer
     return torch.optim.AdamW(student.parameters, fused=not settings.fsdp, **options)
 
 
@@ -391,7 +393,4 @@ def _check_teacher(parts: Parts, teacher: str, settings: Settings) -> None:
 def _check_output(output: Path, resume: bool) -> None:
     if output.is_dir() and any(output.iterdir()) and not resume:
         raise UsageError(f"{output} is not empty", hint="--resume goes on with the run in it; or choose another folder")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{output} cannot be made: {error.strerror}") from error
+    make_folder(output)
