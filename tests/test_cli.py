@@ -47,6 +47,7 @@ class FakeResult:
     request: Request
     timings: dict[str, float]
     model: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     def metadata(self, index: int) -> dict[str, Any]:
         request = self.request.to_json(pictures=False)
@@ -67,6 +68,7 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.at_step: Callable[[int], None] = lambda index: None
         self.added: dict[str, Any] = {}  # what describe says of adapters
+        self.noted: list[str] = []  # what comes up while it draws
 
     def set_motion(self, **given: Any) -> None:
         self.added["motion"] = given
@@ -101,7 +103,8 @@ class FakeEngine:
             yield FakeStep(index, request.steps)
         seeds = [request.seed + i for i in range(request.n)]
         images = [Image.new("RGB", (16, 16), (seed % 256, request.n, request.steps)) for seed in seeds]
-        return FakeResult(images, seeds, request, {"denoise": 0.5}, self.describe())
+        notes = (*self.notes(request), *self.noted)
+        return FakeResult(images, seeds, request, {"denoise": 0.5}, self.describe(), notes)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -603,9 +606,11 @@ def test_debug_shows_the_traceback(arguments: list[str], loader: Loader, capsys:
     assert re.search(r"Traceback .*CheckpointError: broken\nerror: broken\n$", capsys.readouterr().err, re.DOTALL)
 
 
-def test_what_a_few_step_model_decides_is_said_in_one_line(loader: Loader, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["a fox", "--model", "few", "--steps", "3"]) == 0
-    assert capsys.readouterr().err == "note: steps 3\n"
+def test_notes_are_lines_and_each_is_told_once(loader: Loader, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of the request before it is drawn, then those of what came up meanwhile."""
+    loader.at_step = lambda index: loader.engines[-1].noted.append("the decoder gave numbers")
+    assert main(["a fox", "--model", "few", "--steps", "1"]) == 0
+    assert capsys.readouterr().err == "note: steps 1\nnote: the decoder gave numbers\n"
 
 
 def test_warnings_are_lines(loader: Loader, capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,7 +178,7 @@ def generate(
 
 
 @dataclass(frozen=True)
-class Job:
+class Order:
     """What to run: a request, the arguments of `calotype.load`, and which of the request's pictures to keep."""
 
     request: Request
@@ -191,15 +191,15 @@ class Job:
         return self.request.n if self.index is None else 1
 
 
-def new_job(fields: dict[str, Any], models: dict[str, Any], extras: dict[str, Any]) -> Job:
+def new_job(fields: dict[str, Any], models: dict[str, Any], extras: dict[str, Any]) -> Order:
     from calotype.request import Request
 
     if "prompt" not in fields:
         raise UsageError("there is no prompt", hint='calotype "a fox"; - reads the prompt from stdin')
-    return Job(Request(**fields), models, Description(**extras))
+    return Order(Request(**fields), models, Description(**extras))
 
 
-def job_like(path: Path, fields: dict[str, Any], models: dict[str, Any], extras: dict[str, Any]) -> Job:
+def job_like(path: Path, fields: dict[str, Any], models: dict[str, Any], extras: dict[str, Any]) -> Order:
     """The request that made the picture at `path`, changed by what was given explicitly: also the pictures that it was
     made from, which are not in the file.
 
@@ -224,7 +224,7 @@ def job_like(path: Path, fields: dict[str, Any], models: dict[str, Any], extras:
     made = Description.of(metadata["model"])
     files = {part: file for part, file in made.files.items() if part not in models}
     added = replace(made, files=files, **extras)
-    return Job(replace(request, **fields), given(**made.model) | models, added, index)
+    return Order(replace(request, **fields), given(**made.model) | models, added, index)
 
 
 def load(models: dict[str, Any], added: Description, show: Show) -> tuple[Engine, float]:
@@ -254,7 +254,8 @@ def uncollected() -> Iterator[None]:
 
 def develop(engine: Engine, request: Request, show: Show) -> Result:
     """Runs the request to its end; the generator `engine.stream` returns the result after its last step."""
-    for note in engine.notes(request):
+    told = engine.notes(request)
+    for note in told:
         report.note(note)
     stream = engine.stream(request)
     show("reading the prompt")
@@ -264,6 +265,8 @@ def develop(engine: Engine, request: Request, show: Show) -> Result:
             step = next(stream)
         except StopIteration as end:
             result: Result = end.value
+            for note in result.notes[len(told) :]:  # of what came up on the way
+                report.note(note)
             return result
         seconds, start = time.perf_counter() - start, time.perf_counter()
         done = step.index + 1
