@@ -13,7 +13,7 @@ from calotype.nn.unet import Conditioning
 from calotype.schedule import NoiseSchedule
 from calotype.training.loss import (
     Batch,
-    Network,
+    Denoiser,
     Objective,
     consistency_function,
     consistency_loss,
@@ -28,7 +28,7 @@ SCHEDULE = NoiseSchedule.from_config({"_class_name": "LCMScheduler"})
 POINT = torch.linspace(-1, 1, 16).view(1, 1, 4, 4)  # a data set of one picture
 
 
-def linear(seed: int) -> Network:
+def linear(seed: int) -> Denoiser:
     """A network that depends on all of its inputs, different for each seed."""
     generator = torch.Generator().manual_seed(seed)
     a, b, c, d = torch.randn(4, generator=generator).tolist()
@@ -41,7 +41,7 @@ def linear(seed: int) -> Network:
     return network
 
 
-def ideal(schedule: NoiseSchedule) -> Network:
+def ideal(schedule: NoiseSchedule) -> Denoiser:
     """The exact denoiser of the data set of one picture: it always knows the noise."""
 
     def network(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -67,7 +67,7 @@ def batch(size: int = 6, seed: int = 0) -> Batch:
     )
 
 
-def published(student: Network, target: Network, teacher: Network, given: Batch, c: float) -> Tensor:
+def published(student: Denoiser, target: Denoiser, teacher: Denoiser, given: Batch, c: float) -> Tensor:
     """Algorithm 1 of arXiv 2310.04378, number by number in float64, one example at a time (epsilon prediction)."""
     bars = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
     losses = []
@@ -78,7 +78,7 @@ def published(student: Network, target: Network, teacher: Network, given: Batch,
         null = Conditioning(given.null.context[i : i + 1])
         embedded = Conditioning(text.context, w=given.w[i : i + 1])
 
-        def f(network: Network, x: Tensor, time: int, conditioning: Conditioning) -> Tensor:
+        def f(network: Denoiser, x: Tensor, time: int, conditioning: Conditioning) -> Tensor:
             scaled = 10.0 * time
             skip, out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
             eps = network(x.float(), torch.tensor([time]), conditioning).double()
@@ -116,14 +116,14 @@ def test_ideal_denoiser_is_already_consistent(prediction: str) -> None:
     given = dataclasses.replace(batch(), x0=POINT.expand(6, -1, -1, -1))
     given.index[0] = 2  # at index 0 the target is x at t = 0 itself, which still has that timestep's little noise
     assert consistency_loss(network, network, network, schedule, given).max() < 1e-4
-    shifted: Network = lambda x, t, conditioning: network(x, t, conditioning) + 0.1  # noqa: E731
+    shifted: Denoiser = lambda x, t, conditioning: network(x, t, conditioning) + 0.1  # noqa: E731
     assert consistency_loss(shifted, network, network, schedule, given).min() > 1e-4
 
 
 def test_the_teachers_kind_of_prediction_does_not_matter() -> None:
     """Outputs that say the same in noise, in velocity and in latents give the same step of the teacher."""
 
-    def translated(prediction: str) -> tuple[NoiseSchedule, Network]:
+    def translated(prediction: str) -> tuple[NoiseSchedule, Denoiser]:
         schedule = dataclasses.replace(SCHEDULE, prediction=prediction)
 
         def network(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -197,7 +197,7 @@ def test_ideal_denoiser_satisfies_the_other_objectives(objective: Objective, pre
     given = dataclasses.replace(batch(), x0=POINT.expand(6, -1, -1, -1), index=index)
     assert consistency_loss(network, network, network, schedule, given, objective).max() < 1e-4
     # wrong where it depends on the time, since a constant error may cancel on both sides
-    drifting: Network = lambda x, t, conditioning: (  # noqa: E731
+    drifting: Denoiser = lambda x, t, conditioning: (  # noqa: E731
         network(x, t, conditioning) + 0.3 * expand(t, x) / 1000
     )
     assert consistency_loss(drifting, network, network, schedule, given, objective).max() > 1e-4
