@@ -33,6 +33,7 @@ LCM_LORA = (
 
 GUIDANCE_DIM = 256  # of the released models
 
+Forward = Callable[..., Tensor]  # of a module
 Files = dict[str, dict[str, Tensor]]  # what a checkpoint holds, by kind and name
 
 
@@ -215,11 +216,11 @@ class Adapted(nn.Module):
             conditioning = replace(conditioning, w=None)
         return self._within(mode, self._unet[0], x, t, conditioning)
 
-    def bound(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def bound(self, forward: Forward) -> Forward:
         """`forward` in the mode of now, whenever it is called: a backward pass may compute activations anew."""
         return partial(self._within, self._mode, forward)
 
-    def _within(self, mode: str, forward: Callable[..., Tensor], *inputs: object) -> Tensor:
+    def _within(self, mode: str, forward: Forward, *inputs: object) -> Tensor:
         before, self._mode = self._mode, mode
         try:
             return forward(*inputs)
@@ -301,7 +302,7 @@ def student_of(teacher: UNet) -> UNet:
     return student.requires_grad_(True).to(next(teacher.parameters()).device)
 
 
-def _recompute(network: nn.Module, bound: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
+def _recompute(network: nn.Module, bound: Callable[[Forward], Forward]) -> None:
     """Wraps the forward of each residual block and transformer: only their inputs are kept for the gradients.
 
     `bound` makes of a forward what computes the same when it is called again later.
@@ -311,9 +312,7 @@ def _recompute(network: nn.Module, bound: Callable[[Callable[..., Tensor]], Call
             layer.forward = partial(_recomputed, layer.forward, bound)  # type: ignore[method-assign]
 
 
-def _recomputed(
-    forward: Callable[..., Tensor], bound: Callable[[Callable[..., Tensor]], Callable[..., Tensor]], *inputs: Tensor
-) -> Tensor:
+def _recomputed(forward: Forward, bound: Callable[[Forward], Forward], *inputs: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(*inputs)
     output: Tensor = checkpoint(bound(forward), *inputs, use_reentrant=False, preserve_rng_state=False)
