@@ -2,164 +2,106 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from inspect import Parameter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from calotype.cli import adapters, destination, parse, report
+from calotype.cli.options import argument, given, of, option, switch, taking
 from calotype.cli.progress import Show, progress
 from calotype.cli.show import recorded
 from calotype.description import Description
 from calotype.errors import CalotypeWarning, UsageError
+from calotype.request import Request
 
 if TYPE_CHECKING:
-    from calotype import Engine, Request, Result
+    from calotype import Engine, Result
 
 STDIN_LIMIT = 1_000_000  # characters: an endless stream must not fill the memory
 
 
-def generate(
-    prompt: Annotated[
-        str | None, typer.Argument(help="What to draw; - reads it from stdin.", show_default=False)
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="The file to write (named after prompt and seed)."),
-    ] = None,
-    model: Annotated[str | None, typer.Option(metavar="M", help="Hub id, folder or file (the shipped model).")] = None,
-    unet: Annotated[str | None, typer.Option(metavar="U", help="Take the U-Net from this model.")] = None,
-    vae: Annotated[str | None, typer.Option(metavar="V", help="Take the autoencoder from this model.")] = None,
-    variant: Annotated[str | None, typer.Option(metavar="NAME", help="Which weight files, such as fp16.")] = None,
-    revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the Hub.")] = None,
-    prediction: Annotated[
-        str | None, typer.Option(metavar="KIND", help="What a single file predicts, if it does not say.")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(parser=parse.whole, metavar="N", help="Network evaluations, usually 1 to 8.")
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(parser=parse.number, metavar="G", help="Guidance scale; 1 is none.")
-    ] = None,
-    guidance_steps: Annotated[
-        int | None, typer.Option(parser=parse.whole, metavar="N", help="Guide only the first N steps.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(parser=parse.whole, metavar="S", help="Seed of the first picture (random).")
-    ] = None,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels, multiples of 8.")] = None,
-    n: Annotated[
-        int | None, typer.Option("-n", parser=parse.whole, metavar="N", help="How many pictures: seeds S, S+1, ...")
-    ] = None,
-    negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What not to draw.")] = None,
-    image: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A picture to start from; a clip for video to video.")
-    ] = None,
-    strength: Annotated[
-        float | None, typer.Option(parser=parse.number, metavar="S", help="How much of it may change, up to 1.")
-    ] = None,
-    mask: Annotated[Path | None, typer.Option(metavar="FILE", help="White is repainted, black is kept.")] = None,
-    mask_feather: Annotated[
-        int | None, typer.Option(parser=parse.whole, metavar="PIXELS", help="Blend the mask's edge.")
-    ] = None,
-    mask_crop: Annotated[
-        int | None, typer.Option(parser=parse.whole, metavar="PIXELS", help="Work on the mask and so much around it.")
-    ] = None,
-    resize: Annotated[str | None, typer.Option(metavar="MODE", help="Pictures to size: stretch, crop, pad.")] = None,
-    lora: Annotated[list[str] | None, typer.Option(metavar="REF[:SCALE]", help="A LoRA; may be repeated.")] = None,
-    control: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="REF=IMAGE[:SCALE]",
-            help="A ControlNet or T2I-Adapter; =canny:IMAGE finds the edges; may be repeated.",
-        ),
-    ] = None,
-    embedding: Annotated[
-        list[str] | None, typer.Option(metavar="REF[=TOKEN]", help="A textual inversion; may be repeated.")
-    ] = None,
-    motion: Annotated[str | None, typer.Option(metavar="REF", help="A motion adapter, for --frames.")] = None,
-    frames: Annotated[
-        int | None, typer.Option(parser=parse.whole, metavar="N", help="Make a clip: .gif, .webp, .mp4.")
-    ] = None,
-    fps: Annotated[int | None, typer.Option(parser=parse.whole, metavar="N", help="Frames a second (8).")] = None,
-    sampler: Annotated[str | None, typer.Option(metavar="NAME", help="lcm, tcd, ddim or euler.")] = None,
-    gamma: Annotated[float | None, typer.Option(parser=parse.number, metavar="G", help="Of tcd, 0 to 1 (0.3).")] = None,
-    spacing: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of ddim's and euler's steps: leading, linspace, trailing.")
-    ] = None,
-    guidance_mode: Annotated[
-        str | None, typer.Option(metavar="MODE", help="full, or once: one evaluation of the negative prompt.")
-    ] = None,
-    timesteps: Annotated[str | None, typer.Option(metavar="T,T,...", help="An explicit grid, such as 999,499.")] = None,
-    clip_skip: Annotated[
-        int | None, typer.Option(parser=parse.whole, metavar="N", help="Skip the last N layers of CLIP.")
-    ] = None,
-    emphasis: Annotated[
-        bool | None, typer.Option("--emphasis/--no-emphasis", help="Read (word:1.2) as emphasis.", show_default=False)
-    ] = None,
-    like: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Repeat the request in this file; other options change it.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(metavar="D", help="auto, cpu, cuda, mps.")] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="T", help="auto, float32, bfloat16, float16.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Use only models that are on this machine.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of paths.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
-) -> None:
-    """Draw a prompt: writes PNG files and prints their paths."""
-    width, height = (None, None) if size is None else parse.size(size)
-    fields = given(
-        prompt=read_stdin() if prompt == "-" else prompt,
-        negative_prompt=negative,
-        steps=steps,
-        guidance=guidance,
-        seed=seed,
-        n=n,
-        width=width,
-        height=height,
-        image=None if image is None else parse.picture(image, frames),
-        strength=strength,
-        mask=None if mask is None else parse.picture(mask, None),
-        mask_feather=mask_feather,
-        mask_crop=mask_crop,
-        resize=resize,
-        frames=frames,
-        fps=fps,
-        sampler=sampler,
-        gamma=gamma,
-        spacing=spacing,
-        guidance_mode=guidance_mode,
-        timesteps=None if timesteps is None else parse.timesteps(timesteps),
-        guidance_steps=guidance_steps,
-        clip_skip=clip_skip,
-        emphasis=emphasis,
-    )
-    models = given(
-        model=model,
-        unet=unet,
-        vae=vae,
-        variant=variant,
-        revision=revision,
-        prediction=prediction,
-        device=device,
-        dtype=dtype,
-    )
-    extras: dict[str, Any] = given(
-        loras=adapters.loras(lora) if lora else None,
-        embeddings=adapters.embeddings(embedding) if embedding else None,
-        motion=None if motion is None else {"ref": motion},
-    )
-    if control:
-        extras["controls"], fields["controls"] = adapters.controls(control, frames)
-    job = new_job(fields, models, extras) if like is None else job_like(like, fields, models, extras)
+LOADING = [
+    option("model", str, "Hub id, folder or file (the shipped model).", metavar="M"),
+    option("unet", str, "Take the U-Net from this model.", metavar="U"),
+    option("vae", str, "Take the autoencoder from this model.", metavar="V"),
+    option("variant", str, "Which weight files, such as fp16.", metavar="NAME"),
+    option("revision", str, "Branch, tag or commit on the Hub.", metavar="REV"),
+    option("prediction", str, "What a single file predicts, if it does not say.", metavar="KIND"),
+]
+RUNNING = [
+    option("device", str, "auto, cpu, cuda, mps.", metavar="D"),
+    option("dtype", str, "auto, float32, bfloat16, float16.", metavar="T"),
+]
+ADDING = [
+    option("lora", list[str], "A LoRA; may be repeated.", metavar="REF[:SCALE]"),
+    option(
+        "control",
+        list[str],
+        "A ControlNet or T2I-Adapter; =canny:IMAGE finds the edges; may be repeated.",
+        metavar="REF=IMAGE[:SCALE]",
+    ),
+    option("embedding", list[str], "A textual inversion; may be repeated.", metavar="REF[=TOKEN]"),
+    option("motion", str, "A motion adapter, for --frames.", metavar="REF"),
+]
+
+
+def asked(name: str, *flags: str, kind: Any = None) -> Parameter:
+    """The option of a request's field: None where it is not given, as the file of --like may give it."""
+    return of(Request, name, *flags, kind=kind, default=None)
+
+
+@taking(
+    [
+        argument("prompt", str, "What to draw; - reads it from stdin."),
+        option("output", Path, "The file to write (named after prompt and seed).", "--output", "-o", metavar="FILE"),
+        *LOADING,
+        asked("steps"),
+        asked("guidance"),
+        asked("guidance_steps"),
+        asked("seed"),
+        option("size", str, "Size in pixels, multiples of 8.", metavar="WxH"),
+        asked("n", "-n"),
+        asked("negative_prompt", "--negative"),
+        asked("image", kind=Path),
+        asked("strength", kind=float),
+        asked("mask", kind=Path),
+        asked("mask_feather"),
+        asked("mask_crop"),
+        asked("resize"),
+        *ADDING,
+        asked("frames"),
+        asked("fps"),
+        asked("sampler"),
+        asked("gamma"),
+        asked("spacing"),
+        asked("guidance_mode"),
+        asked("timesteps"),
+        asked("clip_skip"),
+        asked("emphasis", "--emphasis/--no-emphasis"),
+        option("like", Path, "Repeat the request in this file; other options change it.", metavar="FILE"),
+        *RUNNING,
+        switch("offline", "Use only models that are on this machine."),
+        switch("as_json", "Print one JSON object instead of paths.", "--json"),
+        switch("quiet", "No progress.", "--quiet", "-q"),
+    ]
+)
+def generate(output: Path | None, like: Path | None, offline: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Draw a prompt: writes picture files and prints their paths."""
+    told = given(**options)
+    models = {each.name: told[each.name] for each in (*LOADING, *RUNNING) if each.name in told}
+    asked_for, extras = request_fields(told), added(told)
+    if "control" in told:
+        extras["controls"], asked_for["controls"] = adapters.controls(told["control"], told.get("frames"))
+    job = new_job(asked_for, models, extras) if like is None else job_like(like, asked_for, models, extras)
     destination.check(output, job.count, clip=job.request.frames is not None)
     if job.request.frames is not None:
         from calotype import video
@@ -177,6 +119,30 @@ def generate(
             print(path)
 
 
+def request_fields(told: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's fields out of the options that were given: pictures opened, texts parsed."""
+    found = {each.name: told[each.name] for each in dataclasses.fields(Request) if each.name in told}
+    if found.get("prompt") == "-":
+        found["prompt"] = read_stdin()
+    if "size" in told:
+        found["width"], found["height"] = parse.size(told["size"])
+    if "timesteps" in found:
+        found["timesteps"] = parse.timesteps(found["timesteps"])
+    for name, frames in (("image", found.get("frames")), ("mask", None)):
+        if name in found:
+            found[name] = parse.picture(found[name], frames)
+    return found
+
+
+def added(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What is to be put into the engine beside the model."""
+    return given(
+        loras=adapters.loras(told["lora"]) if "lora" in told else None,
+        embeddings=adapters.embeddings(told["embedding"]) if "embedding" in told else None,
+        motion={"ref": told["motion"]} if "motion" in told else None,
+    )
+
+
 @dataclass(frozen=True)
 class Order:
     """What to run: a request, the arguments of `calotype.load`, and which of the request's pictures to keep."""
@@ -192,8 +158,6 @@ class Order:
 
 
 def new_job(fields: dict[str, Any], models: dict[str, Any], extras: dict[str, Any]) -> Order:
-    from calotype.request import Request
-
     if "prompt" not in fields:
         raise UsageError("there is no prompt", hint='calotype "a fox"; - reads the prompt from stdin')
     return Order(Request(**fields), models, Description(**extras))
@@ -207,7 +171,6 @@ def job_like(path: Path, fields: dict[str, Any], models: dict[str, Any], extras:
     the one picture is kept. With a seed or a count of its own it is a new request instead, and all are kept.
     """
     import calotype
-    from calotype.request import Request
 
     metadata = recorded(path)
     if metadata.get("calotype") != calotype.__version__:
@@ -292,11 +255,6 @@ def summary(result: Result, indices: Sequence[int], paths: list[Path], loading: 
         "request": result.request.to_json(pictures=False),
         "timings": {"load": loading, **result.timings},
     }
-
-
-def given(**options: Any) -> dict[str, Any]:
-    """The options that were given: None is an option left out, while 0 and "" are values."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def read_stdin() -> str:
