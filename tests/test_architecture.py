@@ -52,7 +52,7 @@ ROOMS: dict[str, str] = {
     "result": "request stills images video description latents sampling",
     "run": "prepare resolve generate result latents parts lora nn.call description",
     "batch": "run result request lora nn.call",
-    "engine": "run batch resolve result parts weights lora request schedule samplers precision text.inversion"
+    "engine": "rules run batch resolve result parts weights lora request schedule samplers precision text.inversion"
     " description hashes",
     "training": "generate prepare sampling schedule precision weights lora parts images latents nn text request"
     " atomic samplers rules",

@@ -622,6 +622,12 @@ def test_warnings_are_lines(loader: Loader, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err == "warning: guidance 90 is beyond 15\n"
 
 
+def test_what_pillow_thinks_of_a_files_metadata_is_not_told(loader: Loader, capsys: pytest.CaptureFixture[str]) -> None:
+    loader.at_step = lambda index: warnings.warn_explicit("Corrupt EXIF", UserWarning, "x.py", 1, "PIL.TiffImagePlugin")
+    assert main(["a fox", "--steps", "1"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interruption_leaves_no_file_and_no_traceback(
     number: signal.Signals,

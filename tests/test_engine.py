@@ -402,3 +402,28 @@ def test_two_threads_share_an_engine(lcm: calotype.Engine) -> None:
         thread.join()
     for i, result in enumerate(serial):
         assert made[i].image.tobytes() == result.image.tobytes()
+
+
+def test_what_the_model_cannot_do_names_its_field(lcm: calotype.Engine, base: calotype.Engine) -> None:
+    """As a request's own faults do (tests/test_request.py): a page marks the field."""
+    photo = Image.new("RGB", (64, 64))
+    black, thin = Image.new("L", (64, 64)), Image.new("L", (64, 64))
+    thin.putpixel((1, 1), 255)
+    cases: list[tuple[calotype.Engine, str, dict[str, Any]]] = [
+        (lcm, "steps", {"steps": 51}),
+        (base, "steps", {"steps": 1000, "sampler": "ddim"}),
+        (lcm, "strength", {"image": photo, "strength": 0.01}),
+        (lcm, "steps", {"image": photo, "strength": 0.1, "steps": 6}),
+        (lcm, "timesteps", {"timesteps": (1000, 1)}),
+        (lcm, "mask", {"image": photo, "mask": black}),
+        (lcm, "mask_feather", {"image": photo, "mask": thin, "mask_feather": 8}),
+        (lcm, "frames", {"frames": 2}),
+        (lcm, "controls.0.name", {"controls": (calotype.Control("canny", photo),)}),
+        (lcm, "loras", {"loras": {"papercut": 1.0}}),
+        (lcm, "clip_skip", {"clip_skip": 99}),
+        (lcm, "mask", {"image": photo, "mask": thin}),
+    ]
+    for engine, field, fields in cases:
+        with pytest.raises(UsageError) as caught:
+            engine("a fox", **fields)
+        assert caught.value.field == field, fields

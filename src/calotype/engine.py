@@ -26,6 +26,7 @@ from calotype.precision import DTYPES, device_of, warn_of_emulation
 from calotype.request import Request, adapter_name
 from calotype.resolve import Resolved, resolve
 from calotype.result import Result, Step
+from calotype.rules import blaming
 from calotype.run import Run
 from calotype.samplers import CONSISTENCY
 from calotype.schedule import NoiseSchedule
@@ -150,7 +151,8 @@ class Engine:
         """The LoRAs that a request is drawn with. Raises UsageError for a name that `add_lora` has not given."""
         if request.loras is None:
             return self._stack.mix
-        self._stack.check_known(request.loras)
+        with blaming("loras"):
+            self._stack.check_known(request.loras)
         return dict(request.loras)
 
     # ---- adapters: whatever cannot be loaded leaves all as it was ----

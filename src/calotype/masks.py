@@ -38,16 +38,20 @@ def check(mask: Image.Image, feather_pixels: int = 0) -> None:
     """Raises UsageError for a mask in which there is nothing to paint, or nothing once its edge is feathered."""
     brightest = _brightest(mask)
     if brightest == 0:
-        raise UsageError("the mask is all black: nothing would be painted", "white in the mask is repainted")
+        raise UsageError(
+            "the mask is all black: nothing would be painted", "white in the mask is repainted", field="mask"
+        )
     if brightest < HALF:
         raise UsageError(
             f"the mask's brightest value is {brightest} of 255: from {HALF} on a pixel is repainted",
             "white in the mask is repainted",
+            field="mask",
         )
     if feather_pixels and _brightest(feather(mask, feather_pixels)) < HALF:
         raise UsageError(
             f"nothing is left of the mask when {feather_pixels} pixels of its edge fade",
             "feather it less, or paint a larger spot",
+            field="mask_feather",
         )
 
 
@@ -74,6 +78,7 @@ def to_latents(hole: Tensor, downscale: int) -> Tensor:
         raise UsageError(
             f"nothing of the mask is left at the latents' size, one of {downscale}x{downscale} pixels",
             "paint a larger spot, or crop to the mask",
+            field="mask",
         )
     return small
 
@@ -106,7 +111,9 @@ def crop_box(mask: Image.Image, size: tuple[int, int], padding: int) -> Box:
     """
     box = grey(mask).getbbox()
     if box is None:
-        raise UsageError("the mask is all black: there is no part to crop to", "white in the mask is repainted")
+        raise UsageError(
+            "the mask is all black: there is no part to crop to", "white in the mask is repainted", field="mask"
+        )
     left, top = max(box[0] - padding, 0), max(box[1] - padding, 0)
     right, bottom = min(box[2] + padding, mask.width), min(box[3] + padding, mask.height)
     aspect = size[0] / size[1]

@@ -120,7 +120,9 @@ def _liked(parts: Parts, request: Request, habits: Habits) -> dict[str, Any]:
         for other, another in others:
             if another != value:
                 wants = f"{name} wants {field} {_shown(value)}, {other} wants {_shown(another)}"
-                raise UsageError(f"{wants}: they contradict each other", f"say {field}, or take one of them out")
+                raise UsageError(
+                    f"{wants}: they contradict each other", f"say {field}, or take one of them out", field=field
+                )
         found[field] = value
     return found
 
@@ -153,6 +155,7 @@ def _check_size(parts: Parts, resolved: Resolved) -> None:
             raise UsageError(
                 f"{name} is {pixels}: must be a multiple of {multiple} for this model",
                 hint=f"try {max(1, round(pixels / multiple)) * multiple}",
+                field=name,
             )
 
 
@@ -162,20 +165,23 @@ def _check_task(parts: Parts, resolved: Resolved) -> None:
         raise UsageError(
             f"this model's U-Net takes {channels} channels: it is made for inpainting, and there is no mask",
             hint="give an image and a mask; an all-white mask repaints everything",
+            field="mask",
         )
     if request.frames is not None and parts.motion is None:
         raise UsageError(
             f"frames is {request.frames}, and the model has no motion adapter",
             hint="engine.set_motion(...) or --motion gives it one",
+            field="frames",
         )
     if request.mask is not None:
         _check_mask(request, request.mask, resolved)
-    for control in request.controls:
+    for i, control in enumerate(request.controls):
         if control.name not in parts.controls:
             known = ", ".join(parts.controls) or "none"
             raise UsageError(
                 f"there is no control {control.name!r}: the engine has {known}",
                 hint="engine.add_control(...) or --control REF=IMAGE adds one",
+                field=f"controls.{i}.name",
             )
 
 
@@ -184,13 +190,14 @@ def _check_mask(request: Request, mask: Image.Image, resolved: Resolved) -> None
     if request.mask_crop is None:
         mask = images.resize(mask, resolved.width, resolved.height, request.resize)
     else:
-        for control in request.controls:
+        for i, control in enumerate(request.controls):
             first = control.image[0] if isinstance(control.image, tuple) else control.image
             if first.size != mask.size:
                 sizes = f"{first.width}x{first.height} and the image {mask.width}x{mask.height}"
                 raise UsageError(
                     f"control {control.name!r} is {sizes}: with mask_crop they must be equal",
                     hint="the control is cropped as the image is: resize one of them first",
+                    field=f"controls.{i}.image",
                 )
     masks.check(mask, request.mask_feather)
 

@@ -265,6 +265,7 @@ def grid_for(
         raise UsageError(
             f"sampler {sampler!r} cannot do what the model's scheduler config says: {schedule.lacking[sampler]}",
             hint=f"samplers that do not use it: {', '.join(others)}" if others else "take the field out of the config",
+            field="sampler",
         )
     if timesteps is not None:
         return explicit_grid(list(timesteps), schedule.T)
@@ -272,7 +273,9 @@ def grid_for(
         return lcm_grid(steps, schedule.original_steps, strength, schedule.T)
     share = max(int(schedule.T * strength), 1)
     if steps > share:
-        raise UsageError(f"steps is {steps}: allowed are 1 to {share}", hint="use fewer steps or a higher strength")
+        raise UsageError(
+            f"steps is {steps}: allowed are 1 to {share}", hint="use fewer steps or a higher strength", field="steps"
+        )
     if sampler == "euler":
         return respaced(schedule, euler_grid(steps, share, schedule.spacing, schedule.steps_offset))
     return spaced_grid(steps, share, schedule.spacing, schedule.steps_offset)
@@ -315,4 +318,4 @@ def guided(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
 
 def _check_name(sampler: str) -> None:
     if sampler not in SAMPLERS:
-        raise UsageError(f"sampler is {sampler!r}: allowed are {', '.join(SAMPLERS)}")
+        raise UsageError(f"sampler is {sampler!r}: allowed are {', '.join(SAMPLERS)}", field="sampler")

@@ -174,7 +174,7 @@ def lcm_grid(steps: int, original_steps: int = 50, strength: float = 1.0, T: int
     strength in (0, 1] keeps that share of the grid, the less noisy one. Raises UsageError where `steps` does not fit.
     """
     if not 0 < strength <= 1:
-        raise UsageError(f"strength is {strength}: allowed are numbers above 0 and up to 1")
+        raise UsageError(f"strength is {strength}: allowed are numbers above 0 and up to 1", field="strength")
     if not 1 <= original_steps <= T:
         raise UsageError(f"original_steps is {original_steps}: allowed are 1 to {T}")
     usable = int(original_steps * strength)  # truncated in floats, as the reference does: int(50 * 0.58) is 28
@@ -182,10 +182,11 @@ def lcm_grid(steps: int, original_steps: int = 50, strength: float = 1.0, T: int
         raise UsageError(
             f"strength is {strength}, which leaves none of the {original_steps} timesteps",
             hint=f"use a strength of at least {1 / original_steps:g}",
+            field="strength",
         )
     if not 1 <= steps <= usable:
         hint = "use fewer steps" if strength == 1 else "use fewer steps or a higher strength"
-        raise UsageError(f"steps is {steps}: allowed are 1 to {usable}", hint=hint)
+        raise UsageError(f"steps is {steps}: allowed are 1 to {usable}", hint=hint, field="steps")
     distilled = np.arange(1, usable + 1) * (T // original_steps) - 1
     # The float arithmetic matters: i * usable // steps gives another grid at usable 30 and steps 22.
     picked = np.floor(np.linspace(0, usable, steps, endpoint=False)).astype(np.int64)
@@ -198,7 +199,7 @@ def spaced_grid(steps: int, T: int = 1000, spacing: Spacing = "trailing", offset
     `offset` is added to a "leading" grid only. Raises UsageError where `steps` does not fit.
     """
     if not 1 <= steps <= T:
-        raise UsageError(f"steps is {steps}: allowed are 1 to {T}")
+        raise UsageError(f"steps is {steps}: allowed are 1 to {T}", field="steps")
     if spacing == "linspace":
         grid = np.linspace(0, T - 1, steps).round()[::-1]
     elif spacing == "leading":
@@ -212,6 +213,7 @@ def spaced_grid(steps: int, T: int = 1000, spacing: Spacing = "trailing", offset
         raise UsageError(
             f"steps is {steps}, which with steps_offset {offset} begins at timestep {int(grid[0])} of {T}",
             hint="use fewer steps or another timestep spacing",
+            field="steps",
         )
     return [int(t) for t in grid]
 
@@ -261,13 +263,13 @@ def ratios_at(schedule: NoiseSchedule, grid: Sequence[float]) -> Floats:
 def explicit_grid(timesteps: list[int], T: int = 1000) -> list[int]:
     """A grid that the user gives: whole numbers from T-1 to 0, descending. Raises UsageError otherwise."""
     if not timesteps:
-        raise UsageError("timesteps is empty: at least one is needed")
+        raise UsageError("timesteps is empty: at least one is needed", field="timesteps")
     for t in timesteps:
         if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < T:
-            raise UsageError(f"timesteps has {t!r}: allowed are whole numbers from 0 to {T - 1}")
+            raise UsageError(f"timesteps has {t!r}: allowed are whole numbers from 0 to {T - 1}", field="timesteps")
     for before, after in itertools.pairwise(timesteps):
         if after >= before:
-            raise UsageError(f"timesteps has {after} after {before}: they must descend")
+            raise UsageError(f"timesteps has {after} after {before}: they must descend", field="timesteps")
     return list(timesteps)
 
 

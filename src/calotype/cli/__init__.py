@@ -149,6 +149,7 @@ def _warnings_as_lines() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", CalotypeWarning)
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata: what it comes to, our errors say
         python_way = warnings.showwarning
 
         def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:

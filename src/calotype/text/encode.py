@@ -88,7 +88,7 @@ class TextEncoder:
         skipped = 0 if clip_skip is None else clip_skip
         most = len(out.hidden) - len(self.models)  # `hidden` starts with the embeddings
         if not 0 <= skipped <= most:
-            raise UsageError(f"clip_skip is {skipped}: must be 0 to {most} for this text encoder")
+            raise UsageError(f"clip_skip is {skipped}: must be 0 to {most} for this text encoder", field="clip_skip")
         if len(self.models) == 2:
             return out.hidden[-(skipped + 2)]
         return out.last if skipped == 0 else model.final_norm(out.hidden[-(skipped + 1)])
