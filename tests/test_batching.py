@@ -274,23 +274,30 @@ def test_what_fails_ends_alone(engine: calotype.Engine) -> None:
 
 def test_an_error_of_the_network_loses_nothing(engine: calotype.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever has too little memory for a call may go on with smaller ones, or later."""
-    request = Request("a fox", steps=3, seed=1, **SIZE)
+    small, large = Request("a fox", steps=3, seed=1, **SIZE), Request("a dog", steps=3, seed=2, width=64, height=64)
     batch = engine.batch()
-    batch.add(request)
-    (_, first), *_ = batch.round()
+    for request in (small, large):
+        batch.add(request)
+    made = batch.round()
     forward = engine.parts.unet.forward
 
-    def full(*_: object) -> Tensor:
-        raise torch.OutOfMemoryError
+    def full(x: Tensor, *others: Any) -> Tensor:
+        if x.shape[-2:] == (8, 8):
+            raise torch.OutOfMemoryError
+        output: Tensor = forward(x, *others)
+        return output
 
     monkeypatch.setattr(engine.parts.unet, "forward", full)
     with pytest.raises(torch.OutOfMemoryError):
         batch.round()
     monkeypatch.setattr(engine.parts.unet, "forward", forward)
-    made = [first, *(each for _, each in batch)]
-    assert [type(each) for each in made] == [Step, Step, Step, Result]
-    assert isinstance(made[-1], Result)
-    assert made[-1].image.tobytes() == engine(request).image.tobytes()
+    made += batch
+    for number, request in enumerate((small, large)):
+        own = [each for which, each in made if which == number]
+        assert [type(each) for each in own] == [Step, Step, Step, Result]
+        assert [each.index for each in own[:-1] if isinstance(each, Step)] == [0, 1, 2]
+        assert isinstance(own[-1], Result)
+        assert own[-1].image.tobytes() == engine(request).image.tobytes()
 
 
 def test_a_batch_beside_a_stream(mixed: calotype.Engine) -> None:

@@ -41,7 +41,8 @@ class Batch:
         self._take, self._stack, self._most_rows = take, stack, most_rows
         self._running: dict[int, Run] = {}
         self._added = 0
-        self._cancelled: set[int] = set()
+        self._made: list[tuple[int, Made]] = []  # and not said yet
+        self._cancelled: set[int] = set()  # since the last round
 
     def __len__(self) -> int:
         """How many requests have not ended."""
@@ -69,14 +70,15 @@ class Batch:
     @torch.inference_mode()
     def round(self) -> list[tuple[int, Made]]:
         """Answers one call of each request, decodes one picture of one that has had all its steps, and returns what
-        that made. An error of the network itself is raised, and leaves all requests where they were.
+        that made. An error of the network itself is raised, and leaves the requests of that call where they were: the
+        next round tries it again, and says what was made until then.
         """
+        self._cancelled.clear()
         drawing = {number: run for number, run in self._running.items() if not run.drawn}
         mixes = [run.mix for run in drawing.values()]
         apart = any(mix != mixes[0] for mix in mixes)  # then no weight is written: each row has its LoRAs live
-        made: list[tuple[int, Made]] = []
         for number, run in drawing.items():
-            with self._ended_by_errors(number, made):
+            with self._ended_by_errors(number):
                 run.merge(self._stack, {} if apart else None)
                 if run.call is None:
                     with self._stack.live(run.mix, only=TEXT) if apart else nullcontext():
@@ -86,26 +88,27 @@ class Batch:
             output = self._output([run for _, run in group], apart)
             seconds = time.perf_counter() - clock
             for (number, run), rows in zip(group, torch.split(output, [_rows(run) for _, run in group]), strict=True):
-                with self._ended_by_errors(number, made):
+                with self._ended_by_errors(number):
                     run.seconds["denoise"] += seconds
                     if (step := run.answer(rows)) is not None:
-                        made.append((number, step))
+                        self._made.append((number, step))
         for number, run in [(number, run) for number, run in self._running.items() if run.drawn][:1]:
-            with self._ended_by_errors(number, made):
+            with self._ended_by_errors(number):
                 if (result := run.develop()) is not None:
-                    made.append((number, result))
+                    self._made.append((number, result))
                     del self._running[number]
         if not self._running:
             self._stack.restore()
+        made, self._made = self._made, []
         return made
 
     @contextmanager
-    def _ended_by_errors(self, number: int, made: list[tuple[int, Made]]) -> Iterator[None]:
+    def _ended_by_errors(self, number: int) -> Iterator[None]:
         """An error of one request ends that one alone."""
         try:
             yield
         except Exception as error:
-            made.append((number, error))
+            self._made.append((number, error))
             del self._running[number]
 
     def _groups(self, apart: bool) -> Iterator[list[tuple[int, Run]]]:

@@ -86,9 +86,8 @@ class PictureInputs:
         channels = network.config.in_channels
         if channels == 1:
             pictures = tuple(each.convert("L") for each in pictures)
-        pixels = torch.cat([images.to_unit(self._fit(each)) for each in pictures])[
-            :, :channels
-        ]  # of grey, all are equal
+        pixels = torch.cat([images.to_unit(self._fit(each)) for each in pictures])
+        pixels = pixels[:, :channels]  # of grey, all are equal
         residuals = Residuals.cat([network(some.to(weight)) for some in torch.split(pixels, CHUNK)]).scaled(scale)
         return Steering(*when, scale, None, residuals=residuals.repeat(self.rows // len(pixels)))
 
