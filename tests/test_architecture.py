@@ -41,7 +41,7 @@ ROOMS: dict[str, str] = {
     "text.inversion": "text nn.clip weights.files weights.source hashes rules",
     "sampling": "schedule samplers",
     "families": "nn schedule text parts",
-    "weights": "nn schedule samplers text parts families atomic rules",
+    "weights": "nn schedule samplers text parts families atomic rules precision",
     "parts": "nn text schedule families",
     "latents": "images nn",
     "generate": "sampling schedule nn",
@@ -52,8 +52,9 @@ ROOMS: dict[str, str] = {
     "result": "request stills images video description latents sampling",
     "run": "prepare resolve generate result latents parts lora nn.call description",
     "batch": "run result request lora nn.call",
-    "engine": "rules run batch resolve result parts weights lora request schedule samplers precision text.inversion"
-    " description hashes",
+    "optimize": "rules precision",
+    "engine": "optimize rules run batch resolve result parts weights lora request schedule samplers precision"
+    " text.inversion description hashes",
     "training": "generate prepare sampling schedule precision weights lora parts images latents nn text request"
     " atomic samplers rules",
     "cli": "*",

@@ -27,7 +27,7 @@ OPTIONS = {
         prompt --output -o --model --unet --vae --variant --revision --prediction --steps --guidance
         --guidance-steps --seed --size -n --negative --image --strength --mask --mask-feather --mask-crop
         --resize --lora --control --embedding --motion --frames --fps --sampler --gamma --spacing --guidance-mode
-        --timesteps --clip-skip --emphasis --no-emphasis --like --device --dtype --offline --json --quiet -q
+        --timesteps --clip-skip --emphasis --no-emphasis --like --device --dtype --optimize --offline --json --quiet -q
         --debug
     """,
     "show": "file --json --debug",

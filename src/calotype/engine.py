@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,6 +21,8 @@ from calotype.lora import Stack, load_lora
 from calotype.lora.live import Scale
 from calotype.lora.names import NETWORKS
 from calotype.lora.words import Words
+from calotype.optimize import Optimized, chosen
+from calotype.optimize.step import Optimization
 from calotype.parts import Habit, Motion, Parts, Stored
 from calotype.precision import DTYPES, device_of, warn_of_emulation
 from calotype.request import Request, adapter_name
@@ -47,12 +49,17 @@ UNSAID = (
 class Engine:
     """A model in memory, with its adapters. It keeps nothing of a request, so requests may be interleaved."""
 
-    def __init__(self, parts: Parts, model: Mapping[str, Any], *, offline: bool = False) -> None:
+    def __init__(
+        self, parts: Parts, model: Mapping[str, Any], *, offline: bool = False, steps: Iterable[Optimization] = ()
+    ) -> None:
         self.parts = parts
         files = {part: File.of(model.get(part)) for part in PARTS}
         self._made = Description(model, parts.family, {part: file for part, file in files.items() if file is not None})
         self._offline = offline
         self._stack = Stack(parts)
+        self._optimized = Optimized(steps)
+        self._stack.when_written.append(self._optimized.refresh)
+        self._optimize()
         self._words = Words(parts.text)
 
     def __call__(self, prompt: str | Request, **fields: Any) -> Result:
@@ -239,6 +246,7 @@ class Engine:
             dtype=self.parts.dtype,
         )
         self.parts = replace(self.parts, controls={**self.parts.controls, name: network})
+        self._optimize()
         told = {"ref": str(ref), "subfolder": subfolder, "variant": variant, "revision": revision}
         self._made = self._made.with_added("controls", name, {**told, "file": File.of(ref)})
         return name
@@ -247,6 +255,7 @@ class Engine:
         """Forgets a control. Raises UsageError for a name that `add_control` has not given."""
         self._made = self._made.without("controls", name)
         self.parts = replace(self.parts, controls={n: c for n, c in self.parts.controls.items() if n != name})
+        self._optimize()
 
     @property
     def controls(self) -> tuple[str, ...]:
@@ -315,6 +324,16 @@ class Engine:
         others = {part: read for part, read in self.parts.stored.items() if part != "motion"}
         self.parts = replace(self.parts, motion=new, stored={**others, **stored})
         self._stack.exchange_motion(self.parts)
+        self._optimize()
+
+    def _optimize(self) -> None:
+        controls = {f"control {name}": network for name, network in self.parts.controls.items()}
+        self._optimized.cover({"unet": self.parts.unet, "vae": self.parts.vae, **controls})
+
+    @property
+    def optimizations(self) -> tuple[str, ...]:
+        """The steps that were taken on the networks, by name."""
+        return tuple(step.name for step in self._optimized.steps)
 
     def describe(self) -> dict[str, Any]:
         """Which model this is, how it was loaded and what was added, as JSON: what `calotype.load_from` takes.
@@ -342,13 +361,16 @@ def load(
     variant: str | None = None,
     revision: str | None = None,
     prediction: str | None = None,
+    optimize: str | Sequence[str] = "auto",
     offline: bool = False,
 ) -> Engine:
     """Loads a model: a folder in the diffusers layout, a single .safetensors file, a Hub id[@revision], or (None) the
     shipped one.
 
     `unet` and `vae` replace those parts by another model's. `device` and `dtype` "auto" mean the GPU in float16 where
-    there is one, else the CPU in float32. `prediction` is for single files that do not say what they predict:
+    there is one, else the CPU: in bfloat16 where the processor multiplies that itself and the model is not a small one,
+    else in float32. `optimize` is "auto", "none", or the steps of calotype.optimize to take: none changes a picture but
+    by rounding. `prediction` is for single files that do not say what they predict:
     "epsilon", "v_prediction", "sample". `offline` never asks the Hub; nor does HF_HUB_OFFLINE=1.
 
     Raises ModelNotFoundError, CheckpointError, UsageError.
@@ -356,8 +378,7 @@ def load(
     where = device_of(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"dtype is {dtype!r}: allowed are auto, {', '.join(DTYPES)}")
-    name = ("float32" if where.type == "cpu" else "float16") if dtype == "auto" else dtype
-    if name == "bfloat16":
+    if dtype == "bfloat16":
         warn_of_emulation(where, "dtype bfloat16", "float32")
     refs = {key: None if ref is None else str(ref) for key, ref in (("model", model), ("unet", unet), ("vae", vae))}
     parts = load_parts(
@@ -369,10 +390,13 @@ def load(
         prediction=prediction,
         offline=offline,
         device=where,
-        dtype=DTYPES[name],
+        dtype=None if dtype == "auto" else DTYPES[dtype],
     )
+    steps = chosen(optimize, where, parts.dtype, sum(each.numel() for each in parts.unet.parameters()))
     described = {**refs, "variant": variant, "revision": revision, "prediction": prediction}
-    return Engine(parts, {**described, "device": str(where), "dtype": name}, offline=offline)
+    described |= {"device": str(where), "dtype": str(parts.dtype).removeprefix("torch.")}
+    told = optimize if isinstance(optimize, str) else ",".join(optimize)
+    return Engine(parts, {**described, "optimize": told}, offline=offline, steps=steps)
 
 
 def load_from(description: Mapping[str, Any], *, search: Sequence[str | Path] = (), offline: bool = False) -> Engine:

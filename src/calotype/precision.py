@@ -10,6 +10,7 @@ import torch
 from calotype.errors import CalotypeWarning, UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SMALL = 10**8  # parameters
 X86 = ("x86_64", "AMD64")
 
 
@@ -37,6 +38,13 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     found = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return bool(found and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def automatic(device: torch.device, parameters: int) -> torch.dtype:
+    """The dtype for a U-Net of so many parameters: of a small one, converting takes longer than the steps save."""
+    if device.type != "cpu":
+        return torch.float16
+    return torch.bfloat16 if parameters >= SMALL and multiplies_bfloat16(device) else torch.float32
 
 
 def warn_of_emulation(device: torch.device, setting: str, instead: str) -> None:

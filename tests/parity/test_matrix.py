@@ -26,6 +26,12 @@ def test_a_cell_that_diffusers_has(matrix: Matrix, agree: Agreement, cell: Cell)
     assert agree.note(f"{cell.family}, {cell.model}", cell.adapter, matrix.error(cell)) < LATENTS
 
 
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_a_cell_with_optimized_networks(matrix: Matrix, agree: Agreement, cell: Cell) -> None:
+    error = matrix.between(cell, matrix.optimized(cell), matrix.theirs(cell))
+    assert agree.note(f"{cell.family}, optimized", cell.adapter, error) < LATENTS
+
+
 @pytest.mark.parametrize("cell", FOLDED, ids=str)
 def test_a_cell_that_diffusers_has_without_the_guidance_embedding(matrix: Matrix, agree: Agreement, cell: Cell) -> None:
     """Its pipeline gets a U-Net in which that guidance is a bias."""

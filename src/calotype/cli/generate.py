@@ -40,6 +40,7 @@ LOADING = [
 RUNNING = [
     option("device", str, "auto, cpu, cuda, mps.", metavar="D"),
     option("dtype", str, "auto, float32, bfloat16, float16.", metavar="T"),
+    option("optimize", str, "auto, none, or steps: heap,channels-last,packed.", metavar="S,..."),
 ]
 ADDING = [
     option("lora", list[str], "A LoRA; may be repeated.", metavar="REF[:SCALE]"),

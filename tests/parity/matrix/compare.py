@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from reference import distance
 from torch import Tensor
 
+from calotype.optimize import STEPS
 from matrix.cells import Cell
 from matrix.ours import Ours
 from matrix.theirs import Theirs
 from matrix.world import World
+
+CPU, FLOAT = torch.device("cpu"), torch.float32
 
 
 class Matrix:
@@ -24,6 +27,7 @@ class Matrix:
         theirs = Theirs(self.world)
         self.theirs = cache(theirs)
         self.ours = Ours(self.world, theirs.grid)
+        self.optimized = Ours(self.world, theirs.grid, [name for name in STEPS if STEPS[name].fits(CPU, FLOAT) is None])
 
     def error(self, cell: Cell) -> float:
         """Relative L2 between the final latents; of what was painted and what was kept, the worse."""

@@ -19,8 +19,10 @@ from matrix.world import FRAMES, HEIGHT, WIDTH, World
 class Ours:
     """calotype, asked one cell at a time; `grid` gives the timesteps where diffusers cuts them."""
 
-    def __init__(self, world: World, grid: Callable[[Cell], tuple[int, ...]]) -> None:
-        self.world, self.grid = world, grid
+    def __init__(
+        self, world: World, grid: Callable[[Cell], tuple[int, ...]], optimize: Sequence[str] | str = "none"
+    ) -> None:
+        self.world, self.grid, self.optimize = world, grid, optimize
         for name in ("engine", "moving", "control", "lora"):  # each is loaded once
             setattr(self, name, cache(getattr(self, name)))
 
@@ -68,7 +70,8 @@ class Ours:
         return [(last[number], pictures[number]) for number in range(len(cells))]
 
     def engine(self, family: str, model: str, channels: int) -> calotype.Engine:
-        return calotype.load(self.world.model(family, model, channels), device="cpu", dtype="float32")
+        folder = self.world.model(family, model, channels)
+        return calotype.load(folder, device="cpu", dtype="float32", optimize=self.optimize)
 
     def moving(self, family: str, model: str, channels: int) -> None:
         self.engine(family, model, channels).set_motion(self.world.motion(family))
