@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import platform
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from calotype import Request
 from calotype.errors import UsageError
 from calotype.nn.motion import MotionAdapter, MotionConfig
 from calotype.nn.t2i_adapter import T2IAdapter, T2IAdapterConfig
-from calotype.optimize import STEPS, Optimized, chosen
+from calotype.optimize import STEPS, Optimized, chosen, table
 from calotype.precision import SMALL, automatic
 
 CPU = torch.device("cpu")
@@ -175,13 +176,21 @@ def test_gradients_pass(tiny_sd15: Path) -> None:
 # ---- the table ----
 
 
-def test_auto_leaves_small_models_as_they_are() -> None:
+def test_auto_leaves_small_models_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "memory", lambda: math.inf)
     names = [step.name for step in chosen("auto", CPU, torch.float32, SMALL)]
     assert names == [name for name in STEPS if STEPS[name].fits(CPU, torch.float32) is None]
     assert "channels-last" in names
     assert chosen("auto", CPU, torch.float32, SMALL - 1) == chosen("none", CPU, torch.float32, SMALL) == ()
     assert [step.name for step in chosen("auto", torch.device("cuda"), torch.float16, SMALL)] == ["channels-last"]
     assert chosen("auto", torch.device("mps"), torch.float16, SMALL) == ()
+
+
+def test_a_small_machine_packs_nothing_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    for memory, packs in ((4.0 * 2 * SMALL, True), (4.0 * 2 * SMALL - 1, False)):
+        monkeypatch.setattr(table, "memory", lambda memory=memory: memory)
+        assert ("packed" in [step.name for step in chosen("auto", CPU, torch.bfloat16, SMALL)]) == packs
+        assert [step.name for step in chosen(["packed"], CPU, torch.bfloat16, SMALL)] == ["packed"]
 
 
 def test_the_shipped_model_is_a_small_one() -> None:

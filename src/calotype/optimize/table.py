@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
@@ -17,6 +19,15 @@ from calotype.rules import nearest
 
 STEPS: dict[str, type[Optimization]] = {each.name: each for each in (Heap, ChannelsLast, Packed)}
 AUTO = {"cpu": ("heap", "channels-last", "packed"), "cuda": ("channels-last",)}  # in this order
+ROOM = 4  # times the weights: a machine of less memory has none for packed copies of them
+
+
+def memory() -> float:
+    """Bytes of this machine's memory; without end where the system does not tell."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):
+        return math.inf
 
 
 def chosen(
@@ -29,6 +40,8 @@ def chosen(
         return ()
     if asked == "auto":
         names = AUTO.get(device.type, ()) if parameters >= SMALL else ()
+        if memory() < ROOM * parameters * dtype.itemsize:
+            names = tuple(name for name in names if name != "packed")
         return tuple(STEPS[name]() for name in names if STEPS[name].fits(device, dtype) is None)
     names = tuple(asked.split(",")) if isinstance(asked, str) else tuple(asked)
     for name in names:
