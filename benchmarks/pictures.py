@@ -1,6 +1,6 @@
 """A whole warm picture of a model of a real size, against diffusers on the same weights, each in a process of its own.
 
-    python benchmarks/pictures.py [FOLDER] [--runs N] [--side PIXELS] [--optimize STEPS ...]
+    python benchmarks/pictures.py [FOLDER] [--runs N] [--side PIXELS] [--dtype T] [--optimize STEPS ...]
 
 Without a folder it writes a random Stable Diffusion 1.5 (2.1 GB). The processes live on and draw in turn, one at a
 time; a ratio says how many times faster than diffusers, the median of each round's. diffusers has channels last, and
@@ -33,8 +33,11 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--side", type=int, default=512)
+    parser.add_argument("--dtype", help="of both (bfloat16 where the processor multiplies it, else float32)")
     parser.add_argument("--optimize", nargs="+", default=["auto"], help="a row each: auto, none, or steps with commas")
-    parser.add_argument("--child", nargs=4, metavar=("LIBRARY", "FOLDER", "OPTIMIZE", "SIDE"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--child", nargs=5, metavar=("LIBRARY", "FOLDER", "OPTIMIZE", "SIDE", "DTYPE"), help=argparse.SUPPRESS
+    )
     args = parser.parse_args()
     if args.child is not None:
         child(*args.child)
@@ -43,14 +46,22 @@ def main() -> None:
         folder = Path(scratch, "sd15") if args.folder is None else args.folder
         if not (folder / "model_index.json").is_file():
             write(folder)
-        compare(folder, args.optimize, args.runs, args.side)
+        compare(folder, args.optimize, args.runs, args.side, args.dtype or suitable())
 
 
-def compare(folder: Path, rows: list[str], runs: int, side: int) -> None:
-    print(f"ceiling: {ceiling() / 1e9:.0f} GFLOP/s")
+def suitable() -> str:
+    import torch
+
+    from calotype.precision import multiplies_bfloat16
+
+    return "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"
+
+
+def compare(folder: Path, rows: list[str], runs: int, side: int, dtype: str) -> None:
+    print(f"ceiling: {ceiling(dtype) / 1e9:.0f} GFLOP/s in {dtype}")
     asked = {"diffusers": ("diffusers", "-")} | {f"calotype {row}": ("calotype", row) for row in rows}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in asked}
-    processes = {name: started(library, folder, row, side) for name, (library, row) in asked.items()}
+    processes = {name: started(library, folder, row, side, dtype) for name, (library, row) in asked.items()}
     for i in range(runs + 1):
         for name, process in processes.items():
             measured = told(process)
@@ -67,8 +78,8 @@ def compare(folder: Path, rows: list[str], runs: int, side: int) -> None:
         print(f"{name:34}{line}")
 
 
-def started(library: str, folder: Path, optimize: str, side: int) -> subprocess.Popen[str]:
-    command = [sys.executable, __file__, "--child", library, str(folder), optimize, str(side)]
+def started(library: str, folder: Path, optimize: str, side: int, dtype: str) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, "--child", library, str(folder), optimize, str(side), dtype]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(command, text=True, **pipes)
 
@@ -86,14 +97,11 @@ def told(process: subprocess.Popen[str]) -> dict[str, float]:
     raise RuntimeError(f"{process.args} ended")
 
 
-def ceiling() -> float:
+def ceiling(dtype: str) -> float:
     """FLOP a second."""
     import torch
 
-    from calotype.precision import multiplies_bfloat16
-
-    dtype = torch.bfloat16 if multiplies_bfloat16(torch.device("cpu")) else torch.float32
-    a, b = torch.randn(2, 2048, 2048).to(dtype)
+    a, b = torch.randn(2, 2048, 2048).to(getattr(torch, dtype))
     seconds = []
     for _ in range(20):
         clock = time.perf_counter()
@@ -105,9 +113,11 @@ def ceiling() -> float:
 # ---- the processes that draw ----
 
 
-def child(library: str, folder: str, optimize: str, side: str) -> None:
+def child(library: str, folder: str, optimize: str, side: str, dtype: str) -> None:
     """Draws a picture for each line that it is told."""
-    draw, unet, decoder = {"calotype": with_calotype, "diffusers": with_diffusers}[library](folder, optimize, int(side))
+    draw, unet, decoder = {"calotype": with_calotype, "diffusers": with_diffusers}[library](
+        folder, optimize, int(side), dtype
+    )
     calls, decodes = watched(unet), watched(decoder)
     for seed, _ in enumerate(sys.stdin):
         calls.clear(), decodes.clear()
@@ -126,22 +136,21 @@ def watched(network: Any) -> list[float]:
     return seconds
 
 
-def with_calotype(folder: str, optimize: str, side: int) -> tuple[Draw, Any, Any]:
+def with_calotype(folder: str, optimize: str, side: int, dtype: str) -> tuple[Draw, Any, Any]:
     import calotype
 
-    engine = calotype.load(folder, device="cpu", optimize=optimize)
+    engine = calotype.load(folder, device="cpu", dtype=dtype, optimize=optimize)
     fields: dict[str, Any] = {"steps": STEPS, "guidance": 1.0, "sampler": "lcm", "width": side, "height": side}
     return lambda seed: engine(PROMPT, seed=seed, **fields).image.load(), engine.parts.unet, engine.parts.vae.decoder
 
 
-def with_diffusers(folder: str, optimize: str, side: int) -> tuple[Draw, Any, Any]:
+def with_diffusers(folder: str, _: str, side: int, dtype: str) -> tuple[Draw, Any, Any]:
     import torch
     from diffusers import LCMScheduler, StableDiffusionPipeline
 
-    from calotype.precision import multiplies_bfloat16
-
-    dtype = torch.bfloat16 if multiplies_bfloat16(torch.device("cpu")) else torch.float32
-    pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(
+        folder, torch_dtype=getattr(torch, dtype), local_files_only=True
+    )
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     for network in (pipeline.unet, pipeline.vae):
