@@ -155,11 +155,14 @@ def test_a_result(lcm: calotype.Engine, tiny_sd15_lcm: Path) -> None:
         "model": str(tiny_sd15_lcm),
         "unet": None,
         "vae": None,
+        "tiny_vae": None,
         "variant": None,
         "revision": None,
         "prediction": None,
         "device": "cpu",
         "dtype": "float32",
+        "optimize": "auto",
+        "decoder": "full",
         "family": "custom",
     }
 

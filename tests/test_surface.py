@@ -24,8 +24,8 @@ NAMES = """
 
 OPTIONS = {
     "generate": """
-        prompt --output -o --model --unet --vae --variant --revision --prediction --steps --guidance
-        --guidance-steps --seed --size -n --negative --image --strength --mask --mask-feather --mask-crop
+        prompt --output -o --model --unet --vae --tiny-vae --decoder --variant --revision --prediction --steps
+        --guidance --guidance-steps --seed --size -n --negative --image --strength --mask --mask-feather --mask-crop
         --resize --lora --control --embedding --motion --frames --fps --sampler --gamma --spacing --guidance-mode
         --timesteps --clip-skip --emphasis --no-emphasis --like --device --dtype --optimize --offline --json --quiet -q
         --debug

@@ -21,8 +21,8 @@ from calotype.hashes import DIGITS, File, sha256
 
 Arguments = Mapping[str, Any]  # with which something was loaded, and the `file` that it was in
 
-PARTS = ("model", "unet", "vae")
-LOADING = (*PARTS, "variant", "revision", "prediction", "device", "dtype", "optimize")  # of calotype.load
+PARTS = ("model", "unet", "vae", "tiny_vae")
+LOADING = (*PARTS, "variant", "revision", "prediction", "device", "dtype", "optimize", "decoder")  # of calotype.load
 ADDING = {  # of Engine.add_lora, add_control, add_embedding and set_motion
     "loras": ("ref", "weight_name", "revision", "scale"),
     "controls": ("ref", "subfolder", "variant", "revision"),

@@ -28,7 +28,7 @@ from calotype.precision import DTYPES, device_of, warn_of_emulation
 from calotype.request import Request, adapter_name
 from calotype.resolve import Resolved, resolve
 from calotype.result import Result, Step
-from calotype.rules import blaming
+from calotype.rules import Choice, blaming
 from calotype.run import Run
 from calotype.samplers import CONSISTENCY
 from calotype.schedule import NoiseSchedule
@@ -40,6 +40,7 @@ from calotype.weights.motion import beta_schedule_of, load_motion, read_motion, 
 
 __all__ = ["Engine", "load", "load_from"]
 
+DECODERS = ("full", "tiny")
 UNSAID = (
     "the LoRA {!r} changes every layer, as few-step LoRAs do, and does not say how it is used: if it is one, say"
     " sampler, steps and guidance, such as lcm, 4 and 1"
@@ -150,7 +151,9 @@ class Engine:
         clock = time.perf_counter()
         resolved, notes = self._resolve(request)
         mix, loras = self._mix_of(request), self._stack.loras
-        run = Run(self.parts, resolved, notes, mix, {name: loras[name] for name in mix}, self._describe(mix))
+        tiny = self.parts.tiny_vae if self.decoder == "tiny" else None
+        vae, taken = self.parts.vae if tiny is None else tiny, {name: loras[name] for name in mix}
+        run = Run(self.parts, vae, resolved, notes, mix, taken, self._describe(mix))
         run.seconds["prepare"] += time.perf_counter() - clock
         return run
 
@@ -163,6 +166,21 @@ class Engine:
         return dict(request.loras)
 
     # ---- adapters: whatever cannot be loaded leaves all as it was ----
+
+    @property
+    def decoder(self) -> str:
+        """What decodes pictures: "full", or "tiny" (quicker, with less detail). Previews are by the tiny one if there
+        is one.
+        """
+        return str(self._made.model.get("decoder") or "full")
+
+    @decoder.setter
+    def decoder(self, name: str) -> None:
+        """Raises UsageError for another name, and where there is no tiny one."""
+        Choice(DECODERS)("decoder", name)
+        if name == "tiny" and self.parts.tiny_vae is None:
+            raise UsageError("decoder is 'tiny', and the model has no tiny autoencoder", "tiny_vae=... gives it one")
+        self._made = replace(self._made, model={**self._made.model, "decoder": name})
 
     @property
     def loras(self) -> dict[str, float]:
@@ -328,7 +346,8 @@ class Engine:
 
     def _optimize(self) -> None:
         controls = {f"control {name}": network for name, network in self.parts.controls.items()}
-        self._optimized.cover({"unet": self.parts.unet, "vae": self.parts.vae, **controls})
+        vaes = {"vae": self.parts.vae} | ({"tiny_vae": self.parts.tiny_vae} if self.parts.tiny_vae is not None else {})
+        self._optimized.cover({"unet": self.parts.unet, **vaes, **controls})
 
     @property
     def optimizations(self) -> tuple[str, ...]:
@@ -356,6 +375,8 @@ def load(
     *,
     unet: str | Path | None = None,
     vae: str | Path | None = None,
+    tiny_vae: str | Path | None = None,
+    decoder: str = "full",
     device: str = "auto",
     dtype: str = "auto",
     variant: str | None = None,
@@ -367,7 +388,8 @@ def load(
     """Loads a model: a folder in the diffusers layout, a single .safetensors file, a Hub id[@revision], or (None) the
     shipped one.
 
-    `unet` and `vae` replace those parts by another model's. `device` and `dtype` "auto" mean the GPU in float16 where
+    `unet` and `vae` replace those parts by another model's. `tiny_vae` is a TAESD for previews, and for results where
+    `decoder` is "tiny"; a folder may have one as `tiny_vae`. `device` and `dtype` "auto" mean the GPU in float16 where
     there is one, else the CPU: in bfloat16 where the processor multiplies that itself and the model is not a small one,
     else in float32. `optimize` is "auto", "none", or the steps of calotype.optimize to take: none changes a picture but
     by rounding. `prediction` is for single files that do not say what they predict:
@@ -380,11 +402,13 @@ def load(
         raise UsageError(f"dtype is {dtype!r}: allowed are auto, {', '.join(DTYPES)}")
     if dtype == "bfloat16":
         warn_of_emulation(where, "dtype bfloat16", "float32")
-    refs = {key: None if ref is None else str(ref) for key, ref in (("model", model), ("unet", unet), ("vae", vae))}
+    named = {"model": model, "unet": unet, "vae": vae, "tiny_vae": tiny_vae}
+    refs = {key: None if ref is None else str(ref) for key, ref in named.items()}
     parts = load_parts(
         refs["model"],
         unet=refs["unet"],
         vae=refs["vae"],
+        tiny_vae=refs["tiny_vae"],
         variant=variant,
         revision=revision,
         prediction=prediction,
@@ -396,7 +420,9 @@ def load(
     described = {**refs, "variant": variant, "revision": revision, "prediction": prediction}
     described |= {"device": str(where), "dtype": str(parts.dtype).removeprefix("torch.")}
     told = optimize if isinstance(optimize, str) else ",".join(optimize)
-    return Engine(parts, {**described, "optimize": told}, offline=offline, steps=steps)
+    engine = Engine(parts, {**described, "optimize": told}, offline=offline, steps=steps)
+    engine.decoder = decoder
+    return engine
 
 
 def load_from(description: Mapping[str, Any], *, search: Sequence[str | Path] = (), offline: bool = False) -> Engine:

@@ -78,6 +78,7 @@ class Parts:
     habit: Habit | None = None  # of a few-step model
     controls: Mapping[str, ControlNet | T2IAdapter] = field(default_factory=dict)  # by the names that requests use
     motion: Motion | None = None
+    tiny_vae: AutoencoderTiny | None = None  # decodes previews; or results, where that is asked for
     scheduler: Mapping[str, Any] = field(default_factory=dict)  # the config that `schedule` was read from
     stored: Mapping[str, Stored] = field(default_factory=dict)  # of "unet", "text_encoder", "text_encoder_2", "motion"
 

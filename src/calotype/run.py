@@ -12,7 +12,7 @@ from torch import Tensor
 from calotype.description import Description
 from calotype.errors import UsageError
 from calotype.generate import Asking, Job
-from calotype.latents import decode
+from calotype.latents import Vae, decode
 from calotype.lora import LoRA, Stack
 from calotype.nn.call import Call
 from calotype.parts import Parts
@@ -30,6 +30,7 @@ class Run:
     """
 
     parts: Parts
+    vae: Vae  # that decodes its pictures
     resolved: Resolved
     notes: list[str]
     mix: Mapping[str, float]
@@ -69,12 +70,12 @@ class Run:
         if isinstance(said, Call):
             self.call = said
             return None
-        self._last = Step(said.index, said.t, said.x, said.x0, len(self.job.grid), self.parts.vae)
+        self._last = Step(said.index, said.t, said.x, said.x0, len(self.job.grid), self.parts.tiny_vae or self.vae)
         following = next(self._asking, None)
         self.call = following if isinstance(following, Call) else None
         if self.call is None:
             self.drawn = True
-            self._decoding = decode(self.parts.vae, self._last.x0, note=self.notes.append)
+            self._decoding = decode(self.vae, self._last.x0, note=self.notes.append)
         return self._last
 
     def develop(self) -> Result | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -127,3 +130,56 @@ def test_which_of_a_folder(tiny: Path, tiny_sd15: Path, tmp_path: Path) -> None:
     torch.save(halves(tiny)["decoder"], tmp_path / "old/taesd_decoder.pth")
     with pytest.raises(UnsafeFileError, match=r"taesd_decoder\.pth is a pickle"):
         load_parts(tiny_sd15, vae=tmp_path / "old")
+
+
+# ---- beside the autoencoder: for previews, and for results where that is asked for ----
+
+
+def test_it_decodes_previews_and_results_where_it_is_asked_to(tiny: Path, tiny_sd15: Path) -> None:
+    full = calotype.load(tiny_sd15, device="cpu")
+    alone = calotype.load(tiny_sd15, vae=tiny, device="cpu")
+    engine = calotype.load(tiny_sd15, tiny_vae=tiny, device="cpu")
+    request = calotype.Request("a fox", steps=2, seed=1)
+    assert engine.decoder == "full"
+    *_, step = engine.stream(request)
+    assert step.preview().tobytes() == alone(request).image.tobytes() != full(request).image.tobytes()
+    assert engine(request).image.tobytes() == full(request).image.tobytes()
+    batch = engine.batch()
+    batch.add(request)
+    engine.decoder = "tiny"
+    *_, (_, result) = batch
+    assert isinstance(result, calotype.Result)
+    assert result.image.tobytes() == full(request).image.tobytes()  # as it was when the request was added
+    result = engine(request)
+    assert result.image.tobytes() == alone(request).image.tobytes()
+    again = calotype.load_from(result.model)
+    assert again.decoder == "tiny"
+    assert again(request).image.tobytes() == result.image.tobytes()
+
+
+def test_a_models_folder_may_have_one(tiny: Path, tiny_sd15: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_sd15, tmp_path / "model"))
+    shutil.copytree(tiny, folder / "tiny_vae")
+    found = calotype.load(folder, device="cpu").parts.tiny_vae
+    assert found is not None
+    assert same(found, load_vae(tiny))
+
+
+def test_the_shipped_models_previews_are_like_its_pictures() -> None:
+    engine = calotype.load(device="cpu")
+    *_, step = engine.stream(calotype.Request("a red apple", seed=0))
+    image = engine("a red apple", seed=0).image
+    preview, picture = (np.asarray(each, float) for each in (step.preview(), image))
+    assert 20 < 10 * math.log10(255**2 / ((preview - picture) ** 2).mean()) < 60  # dB
+
+
+def test_what_cannot_be_the_tiny_one(tiny: Path, tiny_sd15: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a tiny autoencoder"):
+        calotype.load(tiny_sd15, tiny_vae=tiny_sd15, device="cpu")
+    with pytest.raises(UsageError, match="decoder is 'tiny', and the model has no tiny autoencoder"):
+        calotype.load(tiny_sd15, decoder="tiny", device="cpu")
+    with pytest.raises(UsageError, match=r"decoder is 'small': must be one of full, tiny"):
+        calotype.load(tiny_sd15, decoder="small", device="cpu")
+    write_tiny_vae(tmp_path / "wide", latent_channels=16)
+    with pytest.raises(CheckpointError, match="16"):
+        calotype.load(tiny_sd15, tiny_vae=tmp_path / "wide", device="cpu")

@@ -41,6 +41,7 @@ from calotype.weights.single_file import SingleFile
 from calotype.weights.texts import family_texts
 
 CPU = torch.device("cpu")
+TINY = "tiny_vae"  # its folder in a model's
 Vae = AutoencoderKL | AutoencoderTiny
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -84,6 +85,7 @@ def load_parts(
     *,
     unet: str | Path | None = None,
     vae: str | Path | None = None,
+    tiny_vae: str | Path | None = None,
     variant: str | None = None,
     revision: str | None = None,
     offline: bool = False,
@@ -91,7 +93,8 @@ def load_parts(
     device: torch.device = CPU,
     dtype: torch.dtype | None = torch.float32,
 ) -> Parts:
-    """Every part of a model, checked against each other. `unet` and `vae` replace the model's own.
+    """Every part of a model, checked against each other. `unet`, `vae` and `tiny_vae` replace the model's own; a folder
+    has a `tiny_vae` beside its `vae`, if any.
 
     `model`, `unet` and `vae` are what `source.resolve` takes: folders or single files; `revision` belongs to `model`,
     `variant` to all three. `prediction` ("epsilon", "v_prediction" or "sample") overrules what the model says of
@@ -115,6 +118,9 @@ def load_parts(
     vae_ = vae_of(*_vae_config(owners["vae"], whole, family))
     encoders = {name: text_encoder_of(*config_of(whole, name)) for _, name in pipeline.text_parts}
     check_fit(unet_, vae_, [*encoders.values()])
+    tiny = _tiny(tiny_vae, whole, variant, offline)
+    if tiny is not None:
+        check_fit(unet_, tiny[0], [*encoders.values()])
     own = whole.json("calotype.json") if whole.has("calotype.json") else {}
     place, downscale = whole.where("calotype.json"), vae_.config.downscale
     defaults = defaults_of(own, place, family, unet_.config, schedule, downscale, habit)
@@ -130,6 +136,7 @@ def load_parts(
         text=text,
         unet=_filled(unet_, owners["unet"], "unet", device, dtype),
         vae=_filled(vae_, owners["vae"], "vae", device, _vae_dtype(vae_, dtype)),
+        tiny_vae=None if tiny is None else _filled(*tiny, "vae", device, dtype),
         schedule=schedule,
         defaults=defaults,
         zero_empty_negative=pipeline.zero_empty_negative,
@@ -155,15 +162,37 @@ def _opened(
     whole = open_model(root, variant, prediction)
     owners = {"unet": whole, "vae": whole}
     for name, ref in overrides.items():
-        tiny = taesd.decoder_in(Path(os.path.expanduser(ref))) if name == "vae" else None
-        path = source.resolve(ref, subfolder=name, variant=variant, offline=offline) if tiny is None else tiny
-        owners[name] = SingleFile(path) if path.is_file() else Folder(path.parent, variant, {name: path})
+        owners[name] = _owner(name, ref, variant, offline)
     folders = {name: owner.folder(name) for name, owner in owners.items() if isinstance(owner, Folder)}
     if isinstance(whole, Folder):
         folders = {name: whole.folder(name) for _, name in whole.pipeline().text_parts} | folders
     check_pickles(folders, variant)
     check_variant(folders, variant)
     return whole, owners
+
+
+def _tiny(
+    ref: str | Path | None, whole: Model, variant: str | None, offline: bool
+) -> tuple[AutoencoderTiny, Model] | None:
+    """The tiny autoencoder that is asked for or lies in the model's folder, without weights, and where it is."""
+    if ref is None:
+        if not isinstance(whole, Folder) or not (whole.path / TINY / "config.json").is_file():
+            return None
+        owner: Model = Folder(whole.path, parts={"vae": whole.path / TINY})
+    else:
+        owner = _owner("vae", ref, variant, offline)
+    raw, where = owner.json("vae/config.json"), owner.where("vae/config.json")
+    network = vae_of(raw, where)
+    if not isinstance(network, AutoencoderTiny):
+        raise CheckpointError(f"{where} is not a tiny autoencoder (TAESD)", "it may be given as vae instead")
+    return network, owner
+
+
+def _owner(name: str, ref: str | Path, variant: str | None, offline: bool) -> Model:
+    """Where a single part is."""
+    tiny = taesd.decoder_in(Path(os.path.expanduser(ref))) if name == "vae" else None
+    path = source.resolve(ref, subfolder=name, variant=variant, offline=offline) if tiny is None else tiny
+    return SingleFile(path) if path.is_file() else Folder(path.parent, variant, {name: path})
 
 
 def _habit(whole: Model, owner: Model, model: str | Path | None, unet: str | Path | None) -> Habit | None:
