@@ -11,7 +11,6 @@ import torch
 from reference import NETWORK, SHIPPED, Agreement, Pair
 from torch import Tensor, nn
 
-from calotype.nn.blocks import ResnetBlock
 from calotype.nn.unet import Conditioning
 
 MODELS = [SHIPPED, *topologies.REDUCED]
@@ -105,7 +104,7 @@ def test_encode(pair: Pair, agree: Agreement, size: tuple[int, int]) -> None:
 
 
 @torch.inference_mode()
-def test_what_can_be_computed_once_is_the_same(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_be_computed_once_is_the_same(pair: Pair) -> None:
     """A text's keys and values, the embedding of the timesteps and each block's projection of it, bit for bit."""
     unet = pair.engine.parts.unet
     config, size = unet.config, (3, unet.config.in_channels, 16, 12)
@@ -120,14 +119,7 @@ def test_what_can_be_computed_once_is_the_same(pair: Pair, monkeypatch: pytest.M
     wanted = unet(x, t, conditioning)
 
     temb = unet.embed(t, conditioning, x.dtype)
-    shifts = {name: block.shift(temb) for name, block in unet.named_modules() if isinstance(block, ResnetBlock)}
-    texts = {name: block.keys_values(context) for name, block in unet.named_modules() if name.endswith("attn2")}
-    assert len(shifts) > 4
-    assert len(texts) > 1
-    for name, block in unet.named_modules():
-        if name in shifts:
-            monkeypatch.setattr(block, "shift", lambda _, shift=shifts[name]: shift)
-        if name in texts:
-            monkeypatch.setattr(block, "keys_values", lambda _, known=texts[name]: known)
-    nothing = torch.full_like(temb, torch.nan), torch.full_like(context, torch.nan)
-    assert torch.equal(unet.run(x, *nothing), wanted)
+    assert torch.equal(unet.run(x, temb, context), wanted)
+    assert torch.equal(unet.run(x, unet.shifts(temb), unet.keys_values(context)), wanted)
+    others = unet.run(x, unet.shifts(temb.roll(1, 0)), unet.keys_values(context.roll(1, 0)))
+    assert ((wanted - others).norm() / wanted.norm()).item() > 1e-3, "neither matters: this proves little"

@@ -8,9 +8,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+KeysValues = tuple[Tensor, Tensor]  # of one attention, each (B, heads, L, C / heads)
+Context = Tensor | dict[nn.Module, KeysValues]  # the text (B, L, D), or what each attention makes of it
+
 
 class Attention(nn.Module):
-    """Multi-head attention from x (B, N, C) to `context` (B, L, D), or to itself when there is no context."""
+    """Multi-head attention from x (B, N, C) to a context, or to itself when there is none."""
 
     def __init__(self, channels: int, heads: int, context_dim: int | None = None, bias: bool = False) -> None:
         super().__init__()
@@ -21,11 +24,13 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, channels, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list because checkpoints say `to_out.0`
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        if isinstance(context, dict):
+            return self.attend(x, *context[self])
         return self.attend(x, *self.keys_values(x if context is None else context))
 
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, heads, L, C / heads): a text's are the same in every step."""
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """Those of a context (B, L, D): a text's are the same in every step."""
         return self._heads(self.to_k(context)), self._heads(self.to_v(context))
 
     def attend(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -76,7 +81,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         out: Tensor = x + self.ff(self.norm3(x))
@@ -104,7 +109,7 @@ class Transformer2D(nn.Module):
             self.proj_in, self.proj_out = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim) for _ in range(depth))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         residual = x
         x = self.norm(x)
         if self.linear_projection:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Temb = Tensor | dict[nn.Module, Tensor]  # the time embedding (B, E), or what each residual block makes of it
+
 
 def sinusoids(values: Tensor, dim: int, *, cos_first: bool = True, shift: float = 0.0) -> Tensor:
     """Embeds numbers (B,) as (B, dim) float32 sines and cosines of falling frequency (Vaswani et al. 2017, 3.5).
@@ -46,7 +48,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions with group norms, the time embedding (B, E) added between them, and a residual.
+    """Two 3x3 convolutions with group norms, the time embedding added between them, and a residual.
 
     The autoencoders have no time: they build it with `temb_dim=None`.
     """
@@ -60,11 +62,13 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        return self.shifted(x, None if temb is None else self.shift(temb))
+    def forward(self, x: Tensor, temb: Temb | None = None) -> Tensor:
+        if temb is None:
+            return self.shifted(x, None)
+        return self.shifted(x, temb[self] if isinstance(temb, dict) else self.shift(temb))
 
     def shift(self, temb: Tensor) -> Tensor:
-        """What the time embedding adds to every pixel, (B, C): the same for every picture of a schedule."""
+        """What the time embedding (B, E) adds to every pixel, (B, out_channels)."""
         assert self.time_emb_proj is not None
         shift: Tensor = self.time_emb_proj(F.silu(temb))
         return shift

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calotype.nn.attention import Transformer2D
-from calotype.nn.blocks import Downsample, ResnetBlock, TimestepEmbedding, Upsample, guidance_embedding, sinusoids
+from calotype.nn.attention import Context, KeysValues, Transformer2D, TransformerBlock
+from calotype.nn.blocks import Downsample, ResnetBlock, Temb, TimestepEmbedding, Upsample, guidance_embedding, sinusoids
 
 Depths = tuple[tuple[int | None, ...], ...]
 
@@ -160,7 +160,7 @@ class Block(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(out)]) if down else None
         self.upsamplers = nn.ModuleList([Upsample(out)]) if up else None
 
-    def layer(self, i: int, x: Tensor, temb: Tensor, context: Tensor, frames: int | None = None) -> Tensor:
+    def layer(self, i: int, x: Tensor, temb: Temb, context: Context, frames: int | None = None) -> Tensor:
         """The i-th residual block, its transformer and its motion module, if there are."""
         x = self.resnets[i](x, temb)
         if self.attentions is not None:
@@ -187,7 +187,7 @@ class MidBlock(nn.Module):
             self.attentions = nn.ModuleList([transformer])
         self.motion_modules: nn.ModuleList | None = None  # nn.motion puts one here
 
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor, frames: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, temb: Temb, context: Context, frames: int | None = None) -> Tensor:
         x = self.resnets[0](x, temb)
         if self.attentions is not None:
             x = self.attentions[0](x, context)
@@ -246,8 +246,17 @@ class UNetEncoder(nn.Module):
             temb = temb + self.add_embedding(torch.cat([pooled, numbers.to(pooled.dtype)], dim=-1).to(dtype))
         return temb
 
+    def shifts(self, temb: Tensor) -> dict[nn.Module, Tensor]:
+        """What each residual block makes of the time embedding, which they may stand for in all that follows."""
+        return {block: block.shift(temb) for block in self.modules() if isinstance(block, ResnetBlock)}
+
+    def keys_values(self, context: Tensor) -> dict[nn.Module, KeysValues]:
+        """What each cross-attention makes of the text, which they may stand for in all that follows."""
+        found = (block.attn2 for block in self.modules() if isinstance(block, TransformerBlock))
+        return {attention: attention.keys_values(context) for attention in found}
+
     def encode(
-        self, x: Tensor, temb: Tensor, context: Tensor, levels: Sequence[Tensor] = (), frames: int | None = None
+        self, x: Tensor, temb: Temb, context: Context, levels: Sequence[Tensor] = (), frames: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """The middle's output, and every map that the way up takes in again, for x (B, channels[0], h, w).
 
@@ -312,9 +321,9 @@ class UNet(UNetEncoder):
         return self.run(x, self.embed(t, conditioning, x.dtype), conditioning.context, residuals, frames)
 
     def run(
-        self, x: Tensor, temb: Tensor, context: Tensor, residuals: Residuals | None = None, frames: int | None = None
+        self, x: Tensor, temb: Temb, context: Context, residuals: Residuals | None = None, frames: int | None = None
     ) -> Tensor:
-        """The same, given what `embed` makes of timesteps and all else that is not a sequence."""
+        """`forward` after `embed`. What the steps of a request have in common can be computed once for all of them."""
         residuals = residuals or Residuals()
         x, skips = self.encode(self.conv_in(x), temb, context, residuals.level, frames)
         if residuals.down:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calotype.nn.attention import Attention
+from calotype.nn.attention import Attention, Context
 from calotype.nn.blocks import Downsample, ResnetBlock, Upsample
 
 EPS = 1e-6  # of every group norm in the autoencoder; the U-Net has 1e-5
@@ -48,7 +48,7 @@ class SpatialAttention(Attention):
         super().__init__(channels, heads=1, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         pixels = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, N, C)
         return super().forward(pixels, context).transpose(1, 2).reshape(x.shape) + x
 
