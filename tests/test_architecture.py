@@ -40,9 +40,9 @@ ROOMS: dict[str, str] = {
     "text": "text.prompt nn.clip",
     "text.inversion": "text nn.clip weights.files weights.source hashes rules",
     "sampling": "schedule samplers",
-    "families": "nn schedule text parts",
+    "families": "nn",
     "weights": "nn schedule samplers text parts families atomic rules precision",
-    "parts": "nn text schedule families",
+    "parts": "nn text schedule",
     "latents": "images nn",
     "generate": "sampling schedule nn",
     "resolve": "parts sampling samplers schedule request images masks",
@@ -55,7 +55,7 @@ ROOMS: dict[str, str] = {
     "optimize": "rules precision",
     "engine": "optimize rules run batch resolve result parts weights lora request schedule samplers precision"
     " text.inversion description hashes",
-    "training": "generate prepare sampling schedule precision weights lora parts images latents nn text request"
+    "training": "generate prepare sampling schedule precision weights lora parts images latents nn text"
     " atomic samplers rules",
     "cli": "*",
     "__main__": "cli",

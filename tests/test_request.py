@@ -396,3 +396,29 @@ def test_json_that_is_no_request(values: Any, message: str, hint: str | None) ->
 
 def test_null_is_the_default_where_the_default_is_none() -> None:
     assert Request.from_json({"prompt": "x", "steps": None, "timesteps": None}) == Request("x")
+
+
+# ---- every field: a new one without a check or a line of help is noticed ----
+
+
+@pytest.mark.parametrize("name", [each.name for each in dataclasses.fields(Request)])
+def test_a_bad_value_blames_its_field(name: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Request(**{"prompt": "a fox", name: object()})  # type: ignore[arg-type]
+    assert caught.value.field == name
+
+
+@pytest.mark.parametrize("name", [each.name for each in dataclasses.fields(Control)])
+def test_a_bad_value_blames_a_controls_field(name: str) -> None:
+    good = {"name": "canny", "image": Image.new("RGB", (8, 8))}
+    with pytest.raises(UsageError) as caught:
+        Request("a fox", controls=(good, {**good, name: object()}))  # type: ignore[arg-type]
+    assert caught.value.field == f"controls.1.{name}"
+
+
+@pytest.mark.parametrize("kind", [Request, Control])
+def test_every_field_has_its_line_of_help(kind: type) -> None:
+    lines = (kind.__doc__ or "").splitlines()
+    for each in dataclasses.fields(kind):
+        (line,) = [line for line in lines if line.startswith(f"    {each.name} ")]
+        assert len(line.removeprefix(f"    {each.name}").strip()) > 10
