@@ -19,6 +19,7 @@ from PIL import Image
 
 from calotype.errors import UsageError
 from calotype.request import Control, Request, adapter_name
+from calotype.rules import Number, Whole
 
 RED, WIDE = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (16, 8))
 
@@ -422,3 +423,10 @@ def test_every_field_has_its_line_of_help(kind: type) -> None:
     for each in dataclasses.fields(kind):
         (line,) = [line for line in lines if line.startswith(f"    {each.name} ")]
         assert len(line.removeprefix(f"    {each.name}").strip()) > 10
+
+
+def test_a_rule_without_an_upper_end_says_so() -> None:
+    assert str(Whole(1)) == "a whole number of at least 1"
+    assert str(Number(0)) == "a number of at least 0"
+    assert str(Whole(8, step=8)) == "a multiple of 8 of at least 8"
+    assert str(Whole(1, 64)) == "a whole number between 1 and 64"

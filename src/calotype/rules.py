@@ -10,6 +10,7 @@ import difflib
 import math
 import operator
 import reprlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields
@@ -22,14 +23,14 @@ T = TypeVar("T")
 MAX_TEXT = 20_000  # characters
 
 
-class Rule(Generic[T]):
+class Rule(ABC, Generic[T]):
     """What a value must be: `str` says it, and a call with a name and a value returns the value as a plain type."""
 
     advice: str | None = None  # the hint at the remedy
 
+    @abstractmethod
     def plain(self, value: object) -> T | None:
         """The value, of the plain type whatever library it is from; None where it is not allowed."""
-        raise NotImplementedError
 
     def hint(self, value: object) -> str | None:
         return self.advice
@@ -64,9 +65,7 @@ class Whole(Rule[int]):
 
     def __str__(self) -> str:
         kind = "whole number" if self.step == 1 else f"multiple of {self.step}"
-        return f"a {kind} " + (
-            f"of at least {self.low}" if self.high is None else f"between {self.low} and {self.high}"
-        )
+        return f"a {kind} {_range(self.low, self.high)}"
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,8 @@ class Flag(Rule[bool]):
         return "true or false"
 
 
-class Text(Rule[str]):
-    """Valid Unicode of at most MAX_TEXT characters; the empty text is one."""
+class Text:
+    """Valid Unicode of at most MAX_TEXT characters; the empty text is one. It tells its faults apart."""
 
     def __call__(self, name: str, value: object) -> str:
         if not isinstance(value, str):
