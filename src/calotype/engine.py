@@ -83,16 +83,16 @@ class Engine:
         A few-step adapter that is in force, or a few-step model, brings its own sampler, steps and guidance (`notes`
         says which). Raises UsageError, also where two adapters contradict each other in what is left open.
         """
-        return self._resolve(request)[0].request
+        return self._resolve(request, self._mix_of(request))[0].request
 
     def notes(self, request: Request) -> list[str]:
         """A line for each few-step model or adapter that decides something which the request leaves open, or that may
         be one and does not say how it is used; and for what this model will do badly. Raises UsageError.
         """
-        return self._resolve(request)[1]
+        return self._resolve(request, self._mix_of(request))[1]
 
-    def _resolve(self, request: Request) -> tuple[Resolved, list[str]]:
-        habits, mix = self._habits(request), self._mix_of(request)
+    def _resolve(self, request: Request, mix: Mapping[str, float]) -> tuple[Resolved, list[str]]:
+        habits = self._habits(request, mix)
         resolved, notes = resolve(self.parts, request, habits)
         asked = (request.sampler, request.steps, request.timesteps, request.guidance)
         if not habits and self.parts.defaults.sampler not in CONSISTENCY and asked == (None,) * len(asked):
@@ -100,9 +100,9 @@ class Engine:
             notes += [UNSAID.format(name) for name in loras if self._stack.loras[name].may_be_few_step]
         return resolved, notes
 
-    def _habits(self, request: Request) -> dict[str, Habit]:
+    def _habits(self, request: Request, mix: Mapping[str, float]) -> dict[str, Habit]:
         """The few-step adapters that are in force, by what to call them, and how they like to be used."""
-        mix, motion = self._mix_of(request), self.parts.motion
+        motion = self.parts.motion
         habits = {
             f"the LoRA {name!r}": lora.habit
             for name, lora in self._stack.loras.items()
@@ -149,8 +149,8 @@ class Engine:
     def _take(self, request: Request) -> Run:
         """A run with the adapters of this moment. Raises UsageError."""
         clock = time.perf_counter()
-        resolved, notes = self._resolve(request)
         mix, loras = self._mix_of(request), self._stack.loras
+        resolved, notes = self._resolve(request, mix)
         tiny = self.parts.tiny_vae if self.decoder == "tiny" else None
         vae, taken = self.parts.vae if tiny is None else tiny, {name: loras[name] for name in mix}
         run = Run(self.parts, vae, resolved, notes, mix, taken, self._describe(mix))

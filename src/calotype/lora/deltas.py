@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -284,7 +285,7 @@ class LoRA:
     may_be_few_step: bool = False  # by its shape; but nothing says how it likes to be used
     file: File | None = None  # where it was read
 
-    @property
+    @cached_property
     def motion(self) -> dict[str, Delta]:
         """What it changes of motion modules, by their parameters' names."""
         return {name: delta for name, delta in self.deltas.get("unet", {}).items() if MOTION in name}
