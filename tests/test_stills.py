@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -254,21 +254,32 @@ def test_settings_of_another_program(tmp_path: Path) -> None:
         assert hint in str(caught.value.hint)
 
 
+def damaged(good: bytes, chance: random.Random, most: int, within: Sequence[int]) -> bytes:
+    """A file that was perhaps cut, and up to `most` bytes changed, each among so many first ones."""
+    bad = bytearray(good[: chance.choice([len(good), chance.randrange(len(good))])])
+    for _ in range(chance.randint(0, most)):
+        if bad:
+            bad[chance.randrange(min(len(bad), chance.choice(within)))] = chance.randrange(256)
+    return bytes(bad)
+
+
+def is_refused(path: Path, content: bytes) -> bool:
+    """Whether a file of this content gives a UsageError; if not, it gives metadata, and nothing else comes of it."""
+    path.write_bytes(content)
+    try:
+        assert isinstance(read_metadata(path), dict)
+    except UsageError:
+        return True
+    return False
+
+
 @pytest.mark.parametrize("name", LOSSY)
 def test_any_damage_to_a_picture_gives_metadata_or_one_error(tmp_path: Path, name: str) -> None:
     chance = random.Random(12)
     path = save(picture(), tmp_path / name, METADATA)
     good, refusals = path.read_bytes(), 0
     for _ in range(300):
-        bad = bytearray(good[: chance.choice([len(good), chance.randrange(len(good))])])
-        for _ in range(chance.randint(0, 6)):
-            if bad:
-                bad[chance.randrange(min(len(bad), chance.choice([60, 4000])))] = chance.randrange(256)
-        path.write_bytes(bad)
-        try:
-            assert isinstance(read_metadata(path), dict)
-        except UsageError:
-            refusals += 1
+        refusals += is_refused(path, damaged(good, chance, 6, (60, 4000)))
     assert 50 < refusals < 300
 
 
@@ -508,15 +519,7 @@ def test_any_damage_gives_metadata_or_one_error(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     refusals = 0
     for _ in range(400):
-        bad = bytearray(GOOD[: chance.choice([len(GOOD), chance.randrange(len(GOOD))])])
-        for _ in range(chance.randint(0, 4)):
-            if bad:
-                bad[chance.randrange(min(len(bad), 120))] = chance.randrange(256)
-        path.write_bytes(bad)
-        try:
-            assert isinstance(read_metadata(path), dict)
-        except UsageError:
-            refusals += 1
+        refusals += is_refused(path, damaged(GOOD, chance, 4, (120,)))
     assert 100 < refusals < 400
 
 

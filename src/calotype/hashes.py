@@ -85,5 +85,5 @@ def _keep(path: str, entry: Mapping[str, Any]) -> None:
     """Whole or not at all, and without an error where there is no place for it."""
     file = _file()
     with contextlib.suppress(OSError, OutputError):
-        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic.make_folder(file.parent)
         atomic.write(file, json.dumps({**_kept(), path: entry}).encode())

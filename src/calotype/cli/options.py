@@ -26,9 +26,9 @@ def option(
     return _parameter(name, annotation, typer.Option(*flags, help=help, rich_help_panel=panel, **more), default)
 
 
-def switch(name: str, help: str, *flags: str, panel: str | None = None) -> Parameter:
+def switch(name: str, help: str, *flags: str, default: bool | None = False, panel: str | None = None) -> Parameter:
     """One without a value."""
-    return option(name, bool, help, *(flags or (f"--{name.replace('_', '-')}",)), default=False, panel=panel)
+    return option(name, bool, help, *(flags or (f"--{name.replace('_', '-')}",)), default=default, panel=panel)
 
 
 def of(
@@ -42,7 +42,7 @@ def of(
     what, rule = about(field), about(field).rule
     default = field.default if default is MISSING else default
     if isinstance(rule, Flag):
-        return option(name, bool, what.help, *(flags or (f"--{name.replace('_', '-')}",)), default=default, panel=panel)
+        return switch(name, what.help, *flags, default=default, panel=panel)
     kind = _kind(field) if kind is None else kind
     more: dict[str, Any] = {"parser": {int: parse.whole, float: parse.number}.get(kind)}
     return option(name, kind, what.help, *flags, default=default, panel=panel, metavar=what.metavar, **more)

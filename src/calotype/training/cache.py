@@ -60,7 +60,7 @@ def inpaints(parts: Parts) -> bool:
             f"the U-Net takes {channels} channels: must be {latent}, or {2 * latent + 1} for inpainting",
             hint="other models cannot be distilled",
         )
-    return channels != latent
+    return parts.inpaints
 
 
 # ---- pictures ----

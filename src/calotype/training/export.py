@@ -132,7 +132,7 @@ def _defaults(facts: Facts, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _index(teacher: Model, parts: Parts, sampler: str, scheduler: str) -> dict[str, Any]:
     """model_index.json, with no part that was not written (a safety checker, an image encoder)."""
     raw, xl = teacher.json(INDEX), _xl(parts)
-    if _inpaints(parts):
+    if parts.inpaints:
         kind = f"StableDiffusion{'XL' if xl else ''}InpaintPipeline"
     elif xl:
         kind = "StableDiffusionXLPipeline"
@@ -148,10 +148,6 @@ def _index(teacher: Model, parts: Parts, sampler: str, scheduler: str) -> dict[s
 
 def _xl(parts: Parts) -> bool:
     return len(parts.text.models) == 2
-
-
-def _inpaints(parts: Parts) -> bool:
-    return parts.unet.config.in_channels > parts.unet.config.out_channels
 
 
 def _write_others(teacher: Model, parts: Parts, folder: Path, variant: str | None) -> None:
@@ -302,7 +298,7 @@ def _kohya_metadata(parts: Parts, facts: Facts, rank: int, alpha: float) -> dict
 def _architecture(parts: Parts, velocity: bool) -> str:
     if parts.family == "sd21" and velocity:
         return "stable-diffusion-v2-768-v"
-    return ARCHITECTURES.get(parts.family, "ssd-1b") + ("-inpainting" if _inpaints(parts) else "")
+    return ARCHITECTURES.get(parts.family, "ssd-1b") + ("-inpainting" if parts.inpaints else "")
 
 
 # ---- what both have ----
@@ -339,7 +335,7 @@ def _facts(parts: Parts, output: Path, run: Run) -> Facts:
         guidance=min(max(parts.defaults.guidance, low), high) if embedded else 1.0,
         side=parts.defaults.width if settings["resolution"] is None else settings["resolution"],
         grid=spaced_grid(steps, parts.schedule.T, "trailing") if phased else (),
-        inpaints=_inpaints(parts),
+        inpaints=parts.inpaints,
         licence=_licence(Path(parts.source)),
     )
 
