@@ -104,12 +104,10 @@ def planned(args: argparse.Namespace, scratch: Path) -> Plan:
     if args.teacher == "icons":
         teacher = ROOT / "recipes/icons/base"
     elif large:
-        from memory import write
+        from calotype.bench.random_model import write
 
         teacher = scratch / "sd15"
-        write(teacher)
-        tokenizer = teacher / "tokenizer/tokenizer_config.json"  # the shipped model's, whose texts are shorter
-        tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | {"model_max_length": 77}))
+        write("sd15", teacher, lcm=False)
     if data is None:
         data = scratch / "pictures"
         make_up(data, args.pictures or 2 * batch, resolution)

@@ -10,67 +10,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from measure import SHIPPED, verdict
+from measure import verdict
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 TARGET = 1.15  # bytes grown for each byte of weights
-UNET = {
-    "_class_name": "UNet2DConditionModel",
-    "attention_head_dim": 8,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "cross_attention_dim": 768,
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "layers_per_block": 2,
-    "sample_size": 64,
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-}
-VAE = {
-    "_class_name": "AutoencoderKL",
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "force_upcast": False,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "sample_size": 512,
-    "scaling_factor": 0.18215,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-}
-TEXT = {
-    "architectures": ["CLIPTextModel"],
-    "eos_token_id": 49407,
-    "hidden_act": "quick_gelu",
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "max_position_embeddings": 77,
-    "model_type": "clip_text_model",
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "vocab_size": 49408,
-}
-PIPELINE = {
-    "_class_name": "StableDiffusionPipeline",
-    "feature_extractor": [None, None],
-    "safety_checker": [None, None],
-    "requires_safety_checker": False,
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
 
 
 def main() -> None:
@@ -89,7 +44,9 @@ def main() -> None:
 
 def compare(folder: Path) -> None:
     if not (folder / "model_index.json").is_file():
-        write(folder)
+        from calotype.bench.random_model import write
+
+        write("sd15", folder)
     print(f"{'':10} {'dtype':9} weights GB   grown: peak    ratio    after    ratio")
     for dtype in ("float16", "float32"):  # the files are float16: the second is a conversion
         for library in ("calotype", "diffusers"):
@@ -163,41 +120,6 @@ class Peak:
     def __exit__(self, *error: object) -> None:
         self.done.set()
         self.thread.join()
-
-
-# ---- the checkpoint ----
-
-
-def write(folder: Path) -> None:
-    """A random Stable Diffusion 1.5 in float16, with the shipped model's tokenizer and scheduler."""
-    import torch
-    from safetensors.torch import save_file
-
-    from calotype.weights.load import text_encoder_on_meta, unet_on_meta, vae_on_meta
-
-    parts = {
-        "unet": (UNET, unet_on_meta, "diffusion_pytorch_model"),
-        "vae": (VAE, vae_on_meta, "diffusion_pytorch_model"),
-        "text_encoder": (TEXT, text_encoder_on_meta, "model"),
-    }
-    noise = (0.02 * torch.randn(2**20)).half()  # repeated: a billion draws would take a minute
-    folder.mkdir(parents=True)
-    for name, (config, on_meta, stem) in parts.items():
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(config))
-        shapes = on_meta(folder / name).state_dict()
-        weights = {key: repeated(noise, meta.shape) for key, meta in shapes.items()}
-        save_file(weights, folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
-    for name in ("tokenizer", "scheduler"):
-        shutil.copytree(SHIPPED / name, folder / name)
-    scheduler = json.loads((SHIPPED / "model_index.json").read_text())["scheduler"]
-    (folder / "model_index.json").write_text(json.dumps(PIPELINE | {"scheduler": scheduler}))
-
-
-def repeated(noise: Tensor, shape: Sequence[int]) -> Tensor:
-    """A tensor of this shape, filled with the noise over and over."""
-    count = math.prod(shape)
-    return noise.repeat(-(-count // len(noise)))[:count].reshape(shape)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,10 @@ ROOMS: dict[str, str] = {
     "result": "request stills images video description latents sampling",
     "run": "prepare resolve generate result latents parts lora nn.call description",
     "batch": "run result request lora nn.call",
-    "optimize": "rules precision",
+    "machine": "",
+    "optimize": "rules precision machine",
+    "bench": "machine optimize weights families text.tokenizer atomic precision rules",
+    "bench.peers": "bench engine",
     "engine": "optimize rules run batch resolve result parts weights lora request schedule samplers precision"
     " text.inversion description hashes",
     "training": "generate prepare sampling schedule precision weights lora parts images latents nn text"
@@ -130,8 +133,9 @@ def test_the_table_forbids_what_it_should() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_no_peer_is_imported(path: Path) -> None:
-    assert {name.split(".")[0] for name in imports(path)} & PEERS == set()
+def test_a_peer_is_imported_by_its_own_file_alone(path: Path) -> None:
+    found = {name.split(".")[0] for name in imports(path)} & PEERS
+    assert found == set() or path.parent == SOURCE / "bench" / "peers"
 
 
 def faults(path: Path) -> Iterator[str]:
@@ -143,7 +147,7 @@ def faults(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
             yield f"{node.lineno}: .cuda(); say .to(device)"
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
-            if room(module) != "cli":
+            if room(module) != "cli" and module != "bench.peer":  # whose lines go to the process that started it
                 yield f"{node.lineno}: print outside cli"
         elif isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or):
             if any(isinstance(v, ast.Constant) and type(v.value) in (int, float) for v in node.values[1:]):

@@ -47,6 +47,10 @@ OPTIONS = {
         model --teacher --lora --teacher-unet --prompts --samples --steps --sampler --guidance --teacher-guidance --clip
         --batch --cache --output -o --seed --device --dtype --offline --json --quiet -q --debug
     """,
+    "bench": """
+        model --random --against --size --steps --runs --starts --dtype --optimize --decoder --tiny-vae --variant --keep
+        --json --plot --quiet -q --debug
+    """,
 }
 
 

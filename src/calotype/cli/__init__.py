@@ -29,6 +29,7 @@ COMMANDS = {
     "convert": "calotype.cli.convert:convert",
     "distill": "calotype.cli.distill:distill",
     "eval": "calotype.cli.evaluate:evaluate",
+    "bench": "calotype.cli.bench:bench",
 }
 DEFAULT_COMMAND = "generate"
 ROOT_OPTIONS = ("-h", "--help", "--version")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from calotype.errors import UsageError
+from calotype.machine import memory
 from calotype.optimize.channels_last import ChannelsLast
 from calotype.optimize.heap import Heap
 from calotype.optimize.packed import Packed
@@ -20,14 +19,6 @@ from calotype.rules import nearest
 STEPS: dict[str, type[Optimization]] = {each.name: each for each in (Heap, ChannelsLast, Packed)}
 AUTO = {"cpu": ("heap", "channels-last", "packed"), "cuda": ("channels-last",)}  # in this order
 ROOM = 4  # times the weights: a machine of less memory has none for packed copies of them
-
-
-def memory() -> float:
-    """Bytes of this machine's memory; without end where the system does not tell."""
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, OSError, ValueError):
-        return math.inf
 
 
 def chosen(

@@ -1,0 +1,1 @@
+"""One file a peer: `load(task, clock)` makes what draws, and nothing else imports that peer."""
