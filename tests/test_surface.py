@@ -51,6 +51,7 @@ OPTIONS = {
         model --random --against --size --steps --runs --starts --dtype --optimize --decoder --tiny-vae --variant --keep
         --json --plot --quiet -q --debug
     """,
+    "native": "action --debug",
 }
 
 

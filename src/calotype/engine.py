@@ -24,7 +24,7 @@ from calotype.lora.words import Words
 from calotype.optimize import Optimized, chosen
 from calotype.optimize.step import Optimization
 from calotype.parts import Habit, Motion, Parts, Stored
-from calotype.precision import DTYPES, device_of, warn_of_emulation
+from calotype.precision import DTYPES, automatic, device_of, warn_of_emulation
 from calotype.request import Request, adapter_name
 from calotype.resolve import Resolved, resolve
 from calotype.result import Result, Step
@@ -402,6 +402,16 @@ def load(
         raise UsageError(f"dtype is {dtype!r}: allowed are auto, {', '.join(DTYPES)}")
     if dtype == "bfloat16":
         warn_of_emulation(where, "dtype bfloat16", "float32")
+    steps: tuple[Optimization, ...] = ()
+
+    def suited(parameters: int) -> torch.dtype:
+        nonlocal steps
+        found = automatic(where, parameters) if dtype == "auto" else DTYPES[dtype]
+        steps = chosen(optimize, where, found, parameters)
+        for step in steps:
+            step.begin()
+        return found
+
     named = {"model": model, "unet": unet, "vae": vae, "tiny_vae": tiny_vae}
     refs = {key: None if ref is None else str(ref) for key, ref in named.items()}
     parts = load_parts(
@@ -414,9 +424,8 @@ def load(
         prediction=prediction,
         offline=offline,
         device=where,
-        dtype=None if dtype == "auto" else DTYPES[dtype],
+        dtype=suited,
     )
-    steps = chosen(optimize, where, parts.dtype, sum(each.numel() for each in parts.unet.parameters()))
     described = {**refs, "variant": variant, "revision": revision, "prediction": prediction}
     described |= {"device": str(where), "dtype": str(parts.dtype).removeprefix("torch.")}
     told = optimize if isinstance(optimize, str) else ",".join(optimize)

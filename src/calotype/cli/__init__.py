@@ -30,6 +30,7 @@ COMMANDS = {
     "distill": "calotype.cli.distill:distill",
     "eval": "calotype.cli.evaluate:evaluate",
     "bench": "calotype.cli.bench:bench",
+    "native": "calotype.cli.native:native",
 }
 DEFAULT_COMMAND = "generate"
 ROOT_OPTIONS = ("-h", "--help", "--version")

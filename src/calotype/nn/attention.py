@@ -35,9 +35,14 @@ class Attention(nn.Module):
 
     def attend(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """The output (B, N, C) for the queries of x."""
-        out = F.scaled_dot_product_attention(self._heads(self.to_q(x)), keys, values)
+        out = self.weigh(self._heads(self.to_q(x)), keys, values)
         x = self.to_out[0](out.transpose(1, 2).flatten(2))
         return x
+
+    @staticmethod
+    def weigh(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The values (B, heads, L, d), weighed for each query (B, heads, N, d)."""
+        return F.scaled_dot_product_attention(queries, keys, values)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[:-1], self.heads, -1).transpose(1, 2)  # (B, N, C) -> (B, heads, N, C / heads)

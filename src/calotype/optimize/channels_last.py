@@ -32,5 +32,5 @@ class ChannelsLast(Optimization):
 def _reorder(network: nn.Module, order: torch.memory_format) -> None:
     """The parameters themselves stay: whoever knows them goes on to."""
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and "forward" not in vars(module):  # packed ones are in an order of their own
             module.weight.data = module.weight.data.contiguous(memory_format=order)

@@ -1,7 +1,7 @@
 """Weights packed ahead: convolutions and linear layers hand oneDNN their weights in the order in which it multiplies.
 
 PyTorch's own layers have them reordered in every call. The packed copy is made in a layer's first call, and made anew
-once its weight was written.
+once its weight was written. Convolutions give feature maps whose channels lie side by side, as oneDNN reads them.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ class PackedConv(PackedLayer):
         shape = layer.padding, layer.stride, layer.dilation, layer.groups
         if not packs(x, layer.weight):
             return F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        x = x.contiguous(memory_format=torch.channels_last)
         if self.packed is None:
             self.packed = ops._reorder_convolution_weight(layer.weight.detach(), *shape, list(x.shape))
         y: Tensor = ops._convolution_pointwise(x, self.packed, layer.bias, *shape, "none", [], "")

@@ -19,6 +19,10 @@ class Optimization(ABC):
     def fits(device: torch.device, dtype: torch.dtype) -> str | None:
         """What keeps it from being of use there, as a phrase; None where it is."""
 
+    def begin(self) -> None:
+        """What it does before there is a network."""
+        return
+
     @abstractmethod
     def apply(self, network: nn.Module) -> None:
         """Changes a network; again, where modules were put into it since."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from calotype.errors import UsageError
 from calotype.machine import memory
+from calotype.optimize.attention import NativeAttention
 from calotype.optimize.channels_last import ChannelsLast
 from calotype.optimize.heap import Heap
 from calotype.optimize.packed import Packed
@@ -16,8 +17,8 @@ from calotype.optimize.step import Optimization
 from calotype.precision import SMALL
 from calotype.rules import nearest
 
-STEPS: dict[str, type[Optimization]] = {each.name: each for each in (Heap, ChannelsLast, Packed)}
-AUTO = {"cpu": ("heap", "channels-last", "packed"), "cuda": ("channels-last",)}  # in this order
+STEPS: dict[str, type[Optimization]] = {each.name: each for each in (Heap, Packed, ChannelsLast, NativeAttention)}
+AUTO = {"cpu": tuple(STEPS), "cuda": ("channels-last",)}  # in this order
 ROOM = 4  # times the weights: a machine of less memory has none for packed copies of them
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,6 @@ from calotype.nn.tiny_vae import AutoencoderTiny
 from calotype.nn.unet import UNet
 from calotype.nn.vae import AutoencoderKL
 from calotype.parts import Habit, Parts, Stored
-from calotype.precision import automatic
 from calotype.rules import shown
 from calotype.schedule import NoiseSchedule
 from calotype.text.encode import TextEncoder
@@ -91,14 +90,15 @@ def load_parts(
     offline: bool = False,
     prediction: str | None = None,
     device: torch.device = CPU,
-    dtype: torch.dtype | None = torch.float32,
+    dtype: torch.dtype | Callable[[int], torch.dtype] = torch.float32,
 ) -> Parts:
     """Every part of a model, checked against each other. `unet`, `vae` and `tiny_vae` replace the model's own; a folder
     has a `tiny_vae` beside its `vae`, if any.
 
     `model`, `unet` and `vae` are what `source.resolve` takes: folders or single files; `revision` belongs to `model`,
     `variant` to all three. `prediction` ("epsilon", "v_prediction" or "sample") overrules what the model says of
-    itself. dtype None: the one that suits the device and the model's size. Raises ModelNotFoundError, CheckpointError.
+    itself. `dtype` can also be what gives it for a U-Net of so many parameters, before weights are read. Raises
+    ModelNotFoundError, CheckpointError.
     """
     whole, owners = _opened(model, unet, vae, variant, revision, offline, prediction)
     pipeline = whole.pipeline()
@@ -112,8 +112,8 @@ def load_parts(
         scheduler = {**scheduler, "prediction_type": habit.prediction}
     schedule = NoiseSchedule.from_config(scheduler)
     unet_ = unet_of(*config_of(owners["unet"], "unet"))
-    if dtype is None:
-        dtype = automatic(device, sum(each.numel() for each in unet_.parameters()))
+    if not isinstance(dtype, torch.dtype):
+        dtype = dtype(sum(each.numel() for each in unet_.parameters()))
     family = family_of(unet_.config)
     vae_ = vae_of(*_vae_config(owners["vae"], whole, family))
     encoders = {name: text_encoder_of(*config_of(whole, name)) for _, name in pipeline.text_parts}
