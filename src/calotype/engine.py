@@ -59,6 +59,7 @@ class Engine:
         self._offline = offline
         self._stack = Stack(parts)
         self._optimized = Optimized(steps)
+        self._stack.before_writing.append(self._optimized.expect)
         self._stack.when_written.append(self._optimized.refresh)
         self._optimize()
         self._words = Words(parts.text)
@@ -347,7 +348,7 @@ class Engine:
     def _optimize(self) -> None:
         controls = {f"control {name}": network for name, network in self.parts.controls.items()}
         vaes = {"vae": self.parts.vae} | ({"tiny_vae": self.parts.tiny_vae} if self.parts.tiny_vae is not None else {})
-        self._optimized.cover({"unet": self.parts.unet, **vaes, **controls})
+        self._optimized.cover({"unet": self.parts.unet, **vaes, **controls}, self.parts.stored)
 
     @property
     def optimizations(self) -> tuple[str, ...]:
@@ -425,6 +426,7 @@ def load(
         offline=offline,
         device=where,
         dtype=suited,
+        unread=lambda network: frozenset().union(*(step.unread(network) for step in steps)),
     )
     described = {**refs, "variant": variant, "revision": revision, "prediction": prediction}
     described |= {"device": str(where), "dtype": str(parts.dtype).removeprefix("torch.")}

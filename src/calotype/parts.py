@@ -58,6 +58,13 @@ class Motion:
     habit: Habit | None = None
 
 
+def without_memory(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A stand-in for a weight that is kept in another form: all of it is one NaN, which whoever reads it will notice,
+    and it cannot be written to.
+    """
+    return torch.full((), torch.nan, device=device, dtype=dtype).expand(shape)
+
+
 # Reads a network's weights once more: by our names and in our shapes, but in the files' dtype. A weight in memory was
 # made of it by `.to(device, dtype)`.
 Stored = Callable[[], Mapping[str, Tensor]]

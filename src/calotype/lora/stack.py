@@ -44,6 +44,7 @@ class Stack:
         self._stored: dict[str, Mapping[str, Tensor]] = {}  # pristine weights: views of the mapped files
         self._kept: dict[Target, Tensor] = {}  # pristine values of weights that came from no file
         self._live: object = None  # which call of `live` is in force
+        self.before_writing: list[Callable[[frozenset[Target]], None]] = []  # told what `set` is about to write
         self.when_written: list[Callable[[frozenset[Target]], None]] = []  # told what `set` wrote, when it is done
 
     @property
@@ -158,6 +159,8 @@ class Stack:
             )
         before = {target: shares for target, (at, shares) in self._current.items() if parameters.get(target) is at}
         changed = [target for target in before | after if before.get(target) != after.get(target)]
+        for told in self.before_writing if changed else ():
+            told(frozenset(changed))
         written: list[Target] = []
         try:
             for target in changed:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from calotype.nn.attention import Attention
 from calotype.optimize import native
 from calotype.optimize.step import Optimization
+from calotype.parts import Stored
 
 SMALL = 128  # queries: with fewer, PyTorch's is as fast
 MULTIPLE, LARGEST = 8, 256  # of a head's width
@@ -29,7 +30,7 @@ class NativeAttention(Optimization):
             return why
         return None if native.kernel() is not None else "its kernel is not built: calotype native build"
 
-    def apply(self, network: nn.Module) -> None:
+    def apply(self, network: nn.Module, stored: Stored | None = None) -> None:
         for module in network.modules():
             if isinstance(module, Attention):
                 vars(module)["weigh"] = weigh

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from calotype.optimize.step import Optimization
+from calotype.parts import Stored
 
 
 class ChannelsLast(Optimization):
@@ -19,7 +20,7 @@ class ChannelsLast(Optimization):
     def fits(device: torch.device, dtype: torch.dtype) -> str | None:
         return None
 
-    def apply(self, network: nn.Module) -> None:
+    def apply(self, network: nn.Module, stored: Stored | None = None) -> None:
         _reorder(network, torch.channels_last)
 
     def refresh(self, network: nn.Module, parameters: Collection[str]) -> None:

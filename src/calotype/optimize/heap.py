@@ -17,6 +17,7 @@ from torch import nn
 
 from calotype.machine import memory
 from calotype.optimize.step import Optimization
+from calotype.parts import Stored
 
 TRIM, MMAP = -1, -3  # mallopt's M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (malloc.h)
 NEVER, LARGEST = -1, 2**31 - 1  # the heap's end is given back; bytes of a piece that is taken from the heap
@@ -41,7 +42,7 @@ class Heap(Optimization):
         _set(NEVER, LARGEST)
         _reserve()
 
-    def apply(self, network: nn.Module) -> None:
+    def apply(self, network: nn.Module, stored: Stored | None = None) -> None:
         pass  # it has begun
 
     def refresh(self, network: nn.Module, parameters: Collection[str]) -> None:

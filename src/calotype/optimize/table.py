@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from calotype.errors import UsageError
-from calotype.machine import memory
 from calotype.optimize.attention import NativeAttention
 from calotype.optimize.channels_last import ChannelsLast
 from calotype.optimize.heap import Heap
 from calotype.optimize.packed import Packed
 from calotype.optimize.step import Optimization
+from calotype.parts import Stored
 from calotype.precision import SMALL
 from calotype.rules import nearest
 
 STEPS: dict[str, type[Optimization]] = {each.name: each for each in (Heap, Packed, ChannelsLast, NativeAttention)}
 AUTO = {"cpu": tuple(STEPS), "cuda": ("channels-last",)}  # in this order
-ROOM = 4  # times the weights: a machine of less memory has none for packed copies of them
 
 
 def chosen(
@@ -32,8 +31,6 @@ def chosen(
         return ()
     if asked == "auto":
         names = AUTO.get(device.type, ()) if parameters >= SMALL else ()
-        if memory() < ROOM * parameters * dtype.itemsize:
-            names = tuple(name for name in names if name != "packed")
         return tuple(STEPS[name]() for name in names if STEPS[name].fits(device, dtype) is None)
     names = tuple(asked.split(",")) if isinstance(asked, str) else tuple(asked)
     for name in names:
@@ -52,11 +49,11 @@ class Optimized:
         self.steps = tuple(steps)
         self._networks: dict[str, nn.Module] = {}
 
-    def cover(self, networks: Mapping[str, nn.Module]) -> None:
+    def cover(self, networks: Mapping[str, nn.Module], stored: Mapping[str, Stored]) -> None:
         """Takes the steps on these networks, by their names, and forgets others."""
-        for network in networks.values():
+        for name, network in networks.items():
             for step in self.steps:
-                step.apply(network)
+                step.apply(network, stored.get(name))
         self._networks = dict(networks)
 
     def undo(self) -> None:
@@ -66,9 +63,19 @@ class Optimized:
                 step.undo(network)
         self._networks = {}
 
+    def expect(self, written: Collection[tuple[str, str]]) -> None:
+        """Makes ready for parameters to be written: (network, parameter)."""
+        for step, network, parameters in self._concerned(written):
+            step.expect(network, parameters)
+
     def refresh(self, written: Collection[tuple[str, str]]) -> None:
         """Takes notice of parameters that were written: (network, parameter)."""
+        for step, network, parameters in self._concerned(written):
+            step.refresh(network, parameters)
+
+    def _concerned(
+        self, written: Collection[tuple[str, str]]
+    ) -> Iterator[tuple[Optimization, nn.Module, frozenset[str]]]:
         for name, network in self._networks.items():
-            parameters = [parameter for of, parameter in written if of == name]
-            for step in self.steps if parameters else ():
-                step.refresh(network, parameters)
+            parameters = frozenset(parameter for of, parameter in written if of == name)
+            yield from ((step, network, parameters) for step in self.steps if parameters)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from calotype.nn.clip_vision import CLIP
 from calotype.nn.tiny_vae import AutoencoderTiny
 from calotype.nn.unet import UNet
 from calotype.nn.vae import AutoencoderKL
-from calotype.parts import Habit, Parts, Stored
+from calotype.parts import Habit, Parts, Stored, without_memory
 from calotype.rules import shown
 from calotype.schedule import NoiseSchedule
 from calotype.text.encode import TextEncoder
@@ -91,14 +91,16 @@ def load_parts(
     prediction: str | None = None,
     device: torch.device = CPU,
     dtype: torch.dtype | Callable[[int], torch.dtype] = torch.float32,
+    unread: Callable[[nn.Module], Collection[str]] = lambda unet: (),
 ) -> Parts:
     """Every part of a model, checked against each other. `unet`, `vae` and `tiny_vae` replace the model's own; a folder
     has a `tiny_vae` beside its `vae`, if any.
 
     `model`, `unet` and `vae` are what `source.resolve` takes: folders or single files; `revision` belongs to `model`,
     `variant` to all three. `prediction` ("epsilon", "v_prediction" or "sample") overrules what the model says of
-    itself. `dtype` can also be what gives it for a U-Net of so many parameters, before weights are read. Raises
-    ModelNotFoundError, CheckpointError.
+    itself. `dtype` can also be what gives it for a U-Net of so many parameters, before weights are read. `unread` names
+    those of the U-Net's parameters that are only checked: they have no memory, and whoever asks for that reads them
+    from `Parts.stored`. Raises ModelNotFoundError, CheckpointError.
     """
     whole, owners = _opened(model, unet, vae, variant, revision, offline, prediction)
     pipeline = whole.pipeline()
@@ -134,7 +136,7 @@ def load_parts(
     return Parts(
         family=family.name,
         text=text,
-        unet=_filled(unet_, owners["unet"], "unet", device, dtype),
+        unet=_filled(unet_, owners["unet"], "unet", device, dtype, unread(unet_)),
         vae=_filled(vae_, owners["vae"], "vae", device, _vae_dtype(vae_, dtype)),
         tiny_vae=None if tiny is None else _filled(*tiny, "vae", device, dtype),
         schedule=schedule,
@@ -228,10 +230,12 @@ def _vae_config(owner: Model, whole: Model, family: Family) -> tuple[dict[str, A
     return family_texts(family)[name], f"{family.title}'s autoencoder"
 
 
-def _filled(network: Part, owner: Model, part: str, device: torch.device, dtype: torch.dtype) -> Part:
+def _filled(
+    network: Part, owner: Model, part: str, device: torch.device, dtype: torch.dtype, unread: Collection[str] = ()
+) -> Part:
     config: Any = network.config
     matched, tensors = owner.weights(part, config, network_shapes(network))
-    return fill(network, matched, tensors, Path(owner.where(part)), device, dtype)
+    return fill(network, matched, tensors, Path(owner.where(part)), device, dtype, unread)
 
 
 def _stored(owner: Model, part: str, network: nn.Module) -> Stored:
@@ -374,17 +378,24 @@ def fill(
     where: Path,
     device: torch.device,
     dtype: torch.dtype,
+    unread: Collection[str] = (),
 ) -> Part:
     """Gives a network on the meta device its weights: `matched` has their names in `tensors` -> the network's.
 
-    What it has used it takes out of `tensors`. Raises CheckpointError for numbers that are not finite.
+    What it has used it takes out of `tensors`; of the network's names that are `unread` it only checks the numbers.
+    Raises CheckpointError for numbers that are not finite.
     """
     shapes = network_shapes(network)
     weights = {}
     for name, ours in matched.items():
         tensor = tensors.pop(name)
-        weight = tensor.reshape(shapes[ours]).to(device, dtype)
-        if not is_finite(weight):
+        if ours in unread:
+            weight = without_memory(torch.Size(shapes[ours]), device, dtype)
+            sound = is_finite(tensor)
+        else:
+            weight = tensor.reshape(shapes[ours]).to(device, dtype)
+            sound = is_finite(weight)
+        if not sound:
             raise _not_finite(f"{where}: {shown(name)}", tensor, dtype)
         weights[ours] = weight
     network.load_state_dict(weights, strict=True, assign=True)
