@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from calotype import cli
 from calotype.bench import compare, random_model, table
 from calotype.bench.compare import OURS, STAGES, Comparison, Contender, Figures, Peer
 from calotype.bench.task import Task
+from calotype.cli import doctor
 from calotype.errors import CalotypeError
 from calotype.weights.load import load_parts
 from checkpoints import write_model
@@ -102,6 +104,22 @@ def test_a_peer_that_fails_is_left_out_and_we_are_not(tmp_path: Path, model: Pat
     ]
     with pytest.raises(CalotypeError, match="peer failed"):
         compare.compare([bad, good], reference, **options)
+
+
+def test_the_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["memory"] > 2**30
+    assert found["ceilings"]["float32"] > 1e9
+    assert found["dtype"] in found["ceilings"]
+    sides = {name: model["side"] for name, model in found["models"].items()}
+    assert sides == {"sd15": 512, "ssd1b": 1024, "sdxl": 1024}
+    size = torch.float32.itemsize if found["dtype"] == "float32" else 2
+    parameters = 859.5e6 + 83.7e6 + 123.1e6  # U-Net, autoencoder, text encoder
+    assert found["models"]["sd15"]["bytes"] == pytest.approx(size * (parameters + 1750 * 512**2), rel=0.001)
+    text = doctor.rows(found)
+    assert (text[-1][0], text[-1][1][:14]) == ("fits", "sd15 at 512 px")
+    assert all("\n" not in line for _, line in text)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ OPTIONS = {
         --json --plot --quiet -q --debug
     """,
     "native": "action --debug",
+    "doctor": "--json --debug",
 }
 
 

@@ -19,7 +19,7 @@ from calotype.errors import CalotypeWarning, UsageError
 from calotype.hashes import File
 from calotype.lora import Stack, load_lora
 from calotype.lora.live import Scale
-from calotype.lora.names import NETWORKS
+from calotype.lora.names import NETWORKS, networks
 from calotype.lora.words import Words
 from calotype.optimize import Optimized, chosen
 from calotype.optimize.step import Optimization
@@ -348,7 +348,7 @@ class Engine:
     def _optimize(self) -> None:
         controls = {f"control {name}": network for name, network in self.parts.controls.items()}
         vaes = {"vae": self.parts.vae} | ({"tiny_vae": self.parts.tiny_vae} if self.parts.tiny_vae is not None else {})
-        self._optimized.cover({"unet": self.parts.unet, **vaes, **controls}, self.parts.stored)
+        self._optimized.cover({**networks(self.parts), **vaes, **controls}, self.parts.stored)
 
     @property
     def optimizations(self) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ COMMANDS = {
     "eval": "calotype.cli.evaluate:evaluate",
     "bench": "calotype.cli.bench:bench",
     "native": "calotype.cli.native:native",
+    "doctor": "calotype.cli.doctor:doctor",
 }
 DEFAULT_COMMAND = "generate"
 ROOT_OPTIONS = ("-h", "--help", "--version")

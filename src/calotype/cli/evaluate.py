@@ -20,6 +20,7 @@ from calotype.description import Description
 from calotype.errors import UsageError
 
 if TYPE_CHECKING:
+    from calotype import Engine
     from calotype.parts import Parts
     from calotype.training.clip import Judge
     from calotype.training.evaluate import Table
@@ -114,16 +115,19 @@ def evaluate(
         origin = calotype.load(teacher, unet=teacher_unet, **where)  # type: ignore[arg-type]
         judge = None if clip is None else load_judge(clip, origin.parts)
         rest = {"steps": counts, "seed": seed, "batch": batch, "cache": folder, "judge": judge}
-        table = measure(fast(student.parts), fast(origin.parts), texts, {**asked, **rest}, show)
+        table = measure(fast(student), fast(origin), texts, {**asked, **rest}, show)
     if output is not None:
         report.draw_grid(table, texts, output)
     typer.echo(json.dumps(table.to_json()) if as_json else "\n".join(report.lines(table)))
 
 
-def fast(parts: Parts) -> Parts:
-    """Channels last in memory: quicker convolutions on a CPU, which round differently (docs/notes/seams.md)."""
+def fast(engine: Engine) -> Parts:
+    """Channels last in memory, where no steps were taken: quicker convolutions, which round differently."""
     import torch
 
+    parts = engine.parts
+    if engine.optimizations:
+        return parts
     parts.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parts.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return parts

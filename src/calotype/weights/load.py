@@ -91,7 +91,7 @@ def load_parts(
     prediction: str | None = None,
     device: torch.device = CPU,
     dtype: torch.dtype | Callable[[int], torch.dtype] = torch.float32,
-    unread: Callable[[nn.Module], Collection[str]] = lambda unet: (),
+    unread: Callable[[nn.Module], Collection[str]] = lambda network: (),
 ) -> Parts:
     """Every part of a model, checked against each other. `unet`, `vae` and `tiny_vae` replace the model's own; a folder
     has a `tiny_vae` beside its `vae`, if any.
@@ -99,8 +99,8 @@ def load_parts(
     `model`, `unet` and `vae` are what `source.resolve` takes: folders or single files; `revision` belongs to `model`,
     `variant` to all three. `prediction` ("epsilon", "v_prediction" or "sample") overrules what the model says of
     itself. `dtype` can also be what gives it for a U-Net of so many parameters, before weights are read. `unread` names
-    those of the U-Net's parameters that are only checked: they have no memory, and whoever asks for that reads them
-    from `Parts.stored`. Raises ModelNotFoundError, CheckpointError.
+    those of the U-Net's and the text encoders' parameters that are only checked: they have no memory, and whoever asks
+    for that reads them from `Parts.stored`. Raises ModelNotFoundError, CheckpointError.
     """
     whole, owners = _opened(model, unet, vae, variant, revision, offline, prediction)
     pipeline = whole.pipeline()
@@ -132,7 +132,7 @@ def load_parts(
     stored = {"unet": _stored(owners["unet"], "unet", unet_)}
     stored |= {name: _stored(whole, name, encoder) for name, encoder in encoders.items()}
     for name, encoder in encoders.items():
-        _filled(encoder, whole, name, device, dtype)
+        _filled(encoder, whole, name, device, dtype, unread(encoder))
     return Parts(
         family=family.name,
         text=text,
