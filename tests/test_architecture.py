@@ -53,7 +53,7 @@ ROOMS: dict[str, str] = {
     "run": "prepare resolve generate result latents parts lora nn.call description",
     "batch": "run result request lora nn.call",
     "machine": "",
-    "optimize": "nn.attention parts rules precision machine atomic",
+    "optimize": "nn.attention parts rules precision atomic",
     "bench": "machine optimize weights families text.tokenizer atomic precision rules",
     "bench.peers": "bench engine",
     "engine": "optimize rules run batch resolve result parts weights lora request schedule samplers precision"

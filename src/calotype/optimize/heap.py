@@ -1,9 +1,7 @@
-"""Memory kept, in huge pages: what a feature map took stays with the process for the next one.
+"""Memory kept: what a feature map took stays with the process for the next one.
 
 glibc asks the system for each large piece and gives it back at once, so every tensor of megabytes begins with page
-faults: a third of the autoencoder's time. And in pages of 4 KB, a quarter of a U-Net's time goes into finding where
-in memory its weights are (a virtual machine looks that up twice), so the heap gets pages of 2 MB. It is the whole
-process that keeps its memory then.
+faults: a third of the autoencoder's time. It is the whole process that keeps its memory then.
 """
 
 from __future__ import annotations
@@ -15,16 +13,12 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from calotype.machine import memory
 from calotype.optimize.step import Optimization
 from calotype.parts import Stored
 
 TRIM, MMAP = -1, -3  # mallopt's M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (malloc.h)
 NEVER, LARGEST = -1, 2**31 - 1  # the heap's end is given back; bytes of a piece that is taken from the heap
 DEFAULT = 128 * 2**10  # of both
-HUGE = 14  # madvise's MADV_HUGEPAGE (mman.h)
-PIECE = 2**30  # bytes
-SHARE = 0.5  # of the machine's memory, that the heap can grow to in huge pages
 
 
 class Heap(Optimization):
@@ -40,7 +34,6 @@ class Heap(Optimization):
 
     def begin(self) -> None:
         _set(NEVER, LARGEST)
-        _reserve()
 
     def apply(self, network: nn.Module, stored: Stored | None = None) -> None:
         pass  # it has begun
@@ -56,17 +49,3 @@ def _set(trim: int, mmap: int) -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(TRIM, trim)
     libc.mallopt(MMAP, mmap)
-
-
-def _reserve() -> None:
-    """Lets the heap grow to its share once, and asks for huge pages there. What is not touched takes no memory."""
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
-    libc.malloc.argtypes = [ctypes.c_size_t]
-    libc.free.argtypes = [ctypes.c_void_p]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    start = -(-libc.sbrk(0) // 2**12) * 2**12
-    pieces = [libc.malloc(PIECE) for _ in range(int(SHARE * memory() / PIECE))]
-    libc.madvise(start, libc.sbrk(0) - start, HUGE)
-    for piece in pieces:
-        libc.free(piece)
