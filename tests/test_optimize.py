@@ -281,11 +281,11 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults(), faults(), faults())
+print(*(faults() for _ in range(12)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    first, second, third = map(int, done.stdout.split())
-    assert max(second, third) < first / 100
+    first, *others = map(int, done.stdout.split())
+    assert sum(others) < 4 * first  # else each of the eleven begins anew
 
 
 def test_a_description_says_what_was_asked_for(tiny_sd15: Path) -> None:
