@@ -21,6 +21,7 @@ from calotype.precision import DTYPES
 
 STAGES = ("import", "load", "first", "cold", "text", "unet", "decode", "rest", "picture")  # as tables have them
 WARM = ("text", "unet", "decode", "rest", "picture")  # of every picture but a process's first
+REST = 1.0  # seconds between two contenders: threads go on spinning for a while
 Show = Callable[[str], None]
 
 
@@ -177,6 +178,7 @@ def _convert(contender: Contender, figures: Figures) -> None:
 
 
 def _start(contender: Contender, figures: Figures, running: dict[str, _Process], truth: Any) -> None:
+    time.sleep(REST)
     clock = time.perf_counter()
     process = running[contender.name] = _Process(contender)
     stages = process.draw(0)["stages"]
@@ -188,6 +190,7 @@ def _start(contender: Contender, figures: Figures, running: dict[str, _Process],
 
 
 def _draw(contender: Contender, figures: Figures, running: dict[str, _Process], seed: int) -> None:
+    time.sleep(REST)
     stages = running[contender.name].draw(seed)["stages"]
     networks = {stage: sum(stages.get(stage, [])) for stage in ("text", "unet", "decode")}
     picture = stages["picture"][0]
