@@ -17,7 +17,7 @@ from calotype.optimize.step import Optimization
 from calotype.parts import Stored
 
 TRIM, MMAP = -1, -3  # mallopt's M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (malloc.h)
-NEVER, LARGEST = -1, 2**31 - 1  # the heap's end is given back; bytes of a piece that is taken from the heap
+KEPT, LARGEST = 2**31 - 1, 2**30  # bytes at the heap's end that are kept; of a piece that is taken from the heap
 DEFAULT = 128 * 2**10  # of both
 
 
@@ -33,7 +33,7 @@ class Heap(Optimization):
         return None if platform.libc_ver()[0] == "glibc" else "it is for glibc, which is not used here"
 
     def begin(self) -> None:
-        _set(NEVER, LARGEST)
+        _set(KEPT, LARGEST)
 
     def apply(self, network: nn.Module, stored: Stored | None = None) -> None:
         pass  # it has begun
