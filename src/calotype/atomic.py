@@ -24,6 +24,12 @@ def write(path: Path, content: bytes) -> None:
         raise OutputError(f"{str(path)!r} cannot be written: {error}") from error
 
 
+def user_cache(name: str) -> Path:
+    """What is kept under that name in the user's cache, for this program."""
+    folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(folder).expanduser() / "calotype" / name
+
+
 def make_folder(path: Path) -> None:
     """The folder, and those it is in, where they are not there yet. Raises OutputError."""
     try:

@@ -69,8 +69,7 @@ def _hash(path: str, state: State) -> str:
 
 
 def _file() -> Path:
-    cache_folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache_folder).expanduser() / "calotype" / "hashes.json"
+    return atomic.user_cache("hashes.json")
 
 
 def _kept() -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import reprlib
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 
+from calotype.atomic import user_cache
 from calotype.cli import adapters, destination
 from calotype.cli import eval_report as report
 from calotype.cli.progress import Show, progress
@@ -244,4 +244,4 @@ def check_requests(prompts: Sequence[str], steps: Sequence[int], asked: Asked, s
 
 
 def default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "calotype" / "eval"
+    return user_cache("eval")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from calotype.atomic import make_folder, replacing
+from calotype.atomic import make_folder, replacing, user_cache
 from calotype.errors import CalotypeError, UsageError
 
 SOURCE = Path(__file__).with_name("attention.cpp")
@@ -33,8 +33,7 @@ def unusable() -> str | None:
 def place() -> Path:
     """Where the compiled kernel is, or would be."""
     named = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "calotype" / "native"
-    return folder / f"attention-{named}.so"
+    return user_cache("native") / f"attention-{named}.so"
 
 
 def compiler() -> str | None:
